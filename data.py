@@ -1,0 +1,513 @@
+"""Annotations, videos, prompts and the task sampler: everything between files on disk and the model's inputs.
+
+    annotation row -> Sample -> task (TaskSampler, Eq. 13) -> Clip (read_video) -> prompt ids, positions, patches
+
+T frames of H x W pixels; two frames make one grid step, and 28 x 28 pixels of it one visual token. Times are seconds.
+"""
+
+import functools
+import json
+import math
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+PATCH, MERGE, TEMPORAL = 14, 2, 2  # Qwen2.5-VL: patches of 14 x 14 pixels x 2 frames, 2 x 2 of them are one token
+SIDE = PATCH * MERGE  # frame sides are multiples of 28 pixels
+MAX_PIXELS = 3584 * SIDE**2  # a video's budget over its two-frame grids: 3,584 tokens (Appendix C: "2.8 million")
+MIN_FRAME_PIXELS, MAX_FRAME_PIXELS = 16 * SIDE**2, 768 * SIDE**2
+MAX_FRAMES = 768
+INVERSION_TASKS = ("vc", "ar", "vd")
+MAX_ATTEMPTS = 8  # draws for one slot before unreadable videos stop the run
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+
+# ------------------------------------------------------------------------------------------------ annotations
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A query and its segment: `start` and `end` in seconds, `duration` in seconds or None where not annotated."""
+
+    video: str
+    query: str
+    start: float
+    end: float
+    duration: float | None = None
+    qid: str = ""
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A completion to imitate, for the supervised stages."""
+
+    sample: Sample
+    task: str
+    completion: str
+
+
+def normalize_query(text):
+    """The one form of a query in training and evaluation: stripped, on one line, lower case, no final full stop."""
+    return " ".join(text.split()).lower().removesuffix(".").rstrip()
+
+
+def load_annotations(path, video_dir, single_window=False):
+    """Read every row of an annotation file, dropping none, as a list of `Sample` in the file's order.
+
+    The content, not the name, tells the format: Charades-STA txt ("VID start end##sentence"); JSON of
+    {video: {duration, timestamps, sentences}} (Charades, ActivityNet Captions); QVHighlights jsonl (each relevant
+    window its own sample, as in the paper; `single_window` keeps only queries that have one); the Time-R1 and
+    TVGBench lists. Videos are looked up in `video_dir` by name.
+
+    Raises ValueError naming the file and the line (or key, or item) of a malformed row.
+    """
+    records, parse = _detect(path, Path(path).read_text(encoding="utf-8"))
+    find = _video_finder(video_dir)
+    samples = []
+    for where, record in records:
+        try:
+            rows = parse(record)
+            if single_window and len(rows) != 1 and parse is _parse_qvhighlights:
+                continue
+            samples += [_sample(find(video), *row, qid or f"{where}") for video, *row, qid in rows]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            reason = f"no field {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}, {where}: not a readable annotation row ({reason}).") from error
+    if not samples:
+        raise ValueError(f"{path}: holds no annotation row; the README lists the formats that are read.")
+    return samples
+
+
+def load_demonstrations(path, video_dir):
+    """Read a jsonl of {video, query, start, end, task, completion} as a list of `Demonstration`.
+
+    Raises ValueError naming the file and the line of a malformed row.
+    """
+    find, rows = _video_finder(video_dir), []
+    for i, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            r = json.loads(line)
+            sample = _sample(find(r["video"]), r["start"], r["end"], None, r["query"], f"line {i}")
+            if r["task"] not in PROMPTS:
+                raise ValueError(f"task {r['task']!r} is none of {', '.join(PROMPTS)}")
+            rows.append(Demonstration(sample, r["task"], str(r["completion"])))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"no field {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}, line {i}: not a readable demonstration ({reason}).") from error
+    if not rows:
+        raise ValueError(f"{path}: holds no demonstration.")
+    return rows
+
+
+def _detect(path, text):
+    """-> ([(where, record)], parser of one record into rows of (video, start, end, duration, sentence, qid))."""
+    lines = [(f"line {i}", line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    first = text.lstrip()[:1]
+    if first not in ("{", "["):
+        return lines, _parse_charades
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        if first == "{" and error.msg == "Extra data":  # one JSON object a line
+            return lines, _parse_qvhighlights
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    if first == "[":
+        return [(f"item {i}", r) for i, r in enumerate(document)], _parse_list_item
+    if "relevant_windows" in document:  # a jsonl of one line
+        return lines, _parse_qvhighlights
+    return [(f"key {key!r}", item) for item in document.items() for key in item[:1]], _parse_captions
+
+
+def _parse_charades(line):
+    head, sentence = line.split("##", 1)
+    video, start, end = head.split()
+    return [(video, start, end, None, sentence, "")]
+
+
+def _parse_captions(item):
+    video, r = item
+    pairs = enumerate(zip(r["timestamps"], r["sentences"], strict=True))
+    return [(video, start, end, r.get("duration"), sentence, f"{video}:{i}") for i, ((start, end), sentence) in pairs]
+
+
+def _parse_qvhighlights(line):
+    r = json.loads(line)
+    windows = enumerate(r["relevant_windows"])
+    return [(r["vid"], start, end, r.get("duration"), r["query"], f"{r['qid']}:{i}") for i, (start, end) in windows]
+
+
+def _parse_list_item(r):
+    if "answer" in r:  # TVGBench
+        start, end = re.fullmatch(r"\s*([\d.]+)\s*-\s*([\d.]+)\s*", r["answer"]).groups()
+        return [(r["path"], start, end, r.get("duration"), r["question"], "")]
+    start, end = r["timestamp"]  # Time-R1; its video_start is a note, the files are already cut
+    return [(r["video"], start, end, r.get("duration"), r["sentence"], r.get("qid", ""))]
+
+
+def _sample(video, start, end, duration, sentence, qid):
+    start, end = float(start), float(end)
+    duration = None if duration is None else float(duration)
+    if not all(math.isfinite(x) and x >= 0 for x in (start, end, duration or 0.0)):
+        raise ValueError(f"times {start} to {end} of {duration} are not finite seconds from 0")
+    query = normalize_query(sentence)
+    if not query:
+        raise ValueError("the sentence is empty")
+    return Sample(video, query, start, end, duration, str(qid))
+
+
+def _video_finder(video_dir):
+    """-> name -> path: an annotation's id or path, found in `video_dir` whatever the container's suffix."""
+    folder = Path(video_dir)
+    listed = {p.stem: str(p) for p in folder.iterdir() if p.suffix in VIDEO_SUFFIXES} if folder.is_dir() else {}
+
+    def find(name):
+        base = name.replace("\\", "/").rsplit("/", 1)[-1]
+        stem, suffix = (base[:-4], base[-4:]) if base.endswith(VIDEO_SUFFIXES) else (base, ".mp4")
+        return listed.get(stem.removesuffix("."), str(folder / (stem + suffix)))
+
+    return find
+
+
+def missing_videos(samples):
+    """-> the sorted paths of `samples` that are no files."""
+    return sorted(video for video in {s.video for s in samples} if not Path(video).is_file())
+
+
+def prepare_training(samples):
+    """Clamp ends to the duration (the annotation's, else the video's) and drop rows with start >= end.
+
+    Returns (samples, number clamped, number dropped). For training only: evaluation keeps every row as it stands.
+    """
+    kept, clamped = [], 0
+    for s in samples:
+        duration = s.duration or video_duration(s.video)
+        if duration and s.end > duration:
+            s, clamped = replace(s, end=duration), clamped + 1
+        if s.start < s.end:
+            kept.append(s)
+    return kept, clamped, len(samples) - len(kept)
+
+
+@functools.lru_cache(maxsize=None)
+def video_duration(path):
+    """Seconds from a container's header; None where it states none or cannot be opened."""
+    try:
+        with av.open(path) as container:
+            return container.duration / av.time_base if container.duration else None
+    except (av.error.FFmpegError, OSError):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------ videos
+
+
+class VideoError(RuntimeError):
+    """A video file that cannot be read; the message names it."""
+
+
+class Clip(NamedTuple):
+    """Sampled frames (T, 3, H, W) uint8, their true times (T,) in the video's seconds, and the sampling rate in Hz."""
+
+    frames: torch.Tensor
+    times: torch.Tensor
+    fps: float
+
+
+def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=None, end=None,
+               min_frame_pixels=MIN_FRAME_PIXELS, max_frame_pixels=MAX_FRAME_PIXELS):
+    """Sample the frames nearest to t = start + k / fps seconds, up to `end` (default: the whole video).
+
+    T is even, 2 to 768. A segment shorter than two frames is widened to 1 / fps seconds; a count that comes out odd
+    is rounded up, its last target being `end` itself; over 768 frames the whole is sampled at a lower rate, which
+    `fps` of the result states. With `start`, decoding begins at the key frame before it.
+
+    Raises VideoError naming the file when it cannot be decoded.
+    """
+    try:
+        with av.open(str(path)) as container:
+            video = _Timed(container)
+            known, at_end, seek_to = _scan_times(video, start, end)
+            period = (known[-1] - known[0]) / max(1, len(known) - 1) or 1 / fps
+            video_end = known[-1] + period if at_end else math.inf  # inf: past `end`, its value does not matter
+            targets, fps = _targets(known[0] if start is None else start, end, video_end, fps)
+            size = functools.partial(fit_size, frames=len(targets), max_pixels=max_pixels,
+                                     min_frame_pixels=min_frame_pixels, max_frame_pixels=max_frame_pixels)
+            video.seek(min(seek_to, targets[0]))
+            images, times = _decode_nearest(video, targets, size)
+    except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
+        raise VideoError(f"{path}: cannot be decoded as a video ({error}).") from error
+    return Clip(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(times), fps)
+
+
+class _Timed:
+    """A container's first video stream, seen in seconds from the player's zero."""
+
+    def __init__(self, container):
+        self.container, self.stream = container, container.streams.video[0]
+        self.unit, self.origin = float(self.stream.time_base), (container.start_time or 0) / av.time_base
+
+    def seconds(self, stamp):
+        return stamp * self.unit - self.origin
+
+    def time_of(self, packet_or_frame):
+        """Presentation time; some containers (AVI) state only the decoding time."""
+        x = packet_or_frame
+        stamp = x.dts if x.pts is None else x.pts
+        return None if stamp is None else self.seconds(stamp)
+
+    def seek(self, t):
+        self.container.seek(int((t + self.origin) / self.unit), stream=self.stream, backward=True)
+
+
+def _scan_times(video, start, end):
+    """Presentation times from the key frame before `start` to `end`, by demultiplexing alone: nothing is decoded.
+
+    Headers lie about duration and rate often enough that only packets are believed. Returns (sorted times, whether
+    the file ended, the time to seek to).
+    """
+    for seek_to in (start, 0.0) if start else (0.0,):
+        times, at_end = [], True
+        video.seek(seek_to)
+        for packet in video.container.demux(video.stream):
+            t = video.time_of(packet)
+            if packet.size and t is not None:
+                times.append(t)
+            # Packets come in decoding order: once dts is past `end`, so is every later presentation time.
+            if end is not None and packet.dts is not None and video.seconds(packet.dts) > end:
+                at_end = False
+                break
+        if not start or (times and min(times) <= start):  # some containers seek past the target: then start over
+            break
+    if not times:
+        raise ValueError("it holds no frame")
+    return sorted(times), at_end, seek_to
+
+
+def _targets(start, end, video_end, fps):
+    """-> (target times (T,), true fps) for [start, end] cut to the video's end; T even, 2 to MAX_FRAMES."""
+    end = min(video_end, video_end if end is None else max(end, start + 1 / fps))
+    start = max(0.0, min(start, end - 1 / fps))  # a segment at the very end is widened to the left
+    count = math.ceil((end - start) * fps - 1e-6)
+    count = min(MAX_FRAMES, max(2, count + count % 2))
+    if count == MAX_FRAMES:
+        fps = min(fps, MAX_FRAMES / (end - start))
+    return np.minimum(start + np.arange(count) / fps, end), fps
+
+
+def _decode_nearest(video, targets, size):
+    """Decode from here on; convert and resize only the frames nearest to the targets -> (images, times)."""
+    images, times, before = [], [], None
+    reformatter = av.video.reformatter.VideoReformatter()  # one scaler a video: making it costs more than using it
+
+    def keep(t, frame):
+        if times and times[-1] == t:  # low frame rates: one frame is nearest to several targets
+            images.append(images[-1])
+        else:
+            quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise, from the container's display matrix
+            turned = quarter_turns % 2
+            height, width = size(*((frame.width, frame.height) if turned else (frame.height, frame.width)))
+            stored = (height, width) if turned else (width, height)
+            image = reformatter.reformat(frame, *stored, format="rgb24", interpolation="BICUBIC").to_ndarray()
+            images.append(np.rot90(image, quarter_turns))
+        times.append(t)
+
+    for frame in video.container.decode(video.stream):
+        t = video.time_of(frame)
+        while len(times) < len(targets) and targets[len(times)] <= t:
+            target = targets[len(times)]
+            keep(*(before if before and target - before[0] <= t - target else (t, frame)))
+        before = (t, frame)
+        if len(times) == len(targets):
+            break
+    if before is None:
+        raise ValueError("no frame of it decodes")
+    while len(times) < len(targets):  # targets after the last frame
+        keep(*before)
+    return np.stack(images), times
+
+
+def fit_size(height, width, frames, max_pixels=MAX_PIXELS, min_frame_pixels=MIN_FRAME_PIXELS,
+             max_frame_pixels=MAX_FRAME_PIXELS):
+    """-> (height, width), multiples of 28 near the aspect ratio, for `frames` frames within the video's budget.
+
+    The budget counts two-frame grids, so a frame may hold 2 * max_pixels / frames pixels, at most `max_frame_pixels`.
+    A frame never goes below `min_frame_pixels` (by default 16 tokens a grid): beyond 448 frames, 224 s at 2 FPS, a
+    long video therefore exceeds `max_pixels` (up to 6,144 tokens at 768 frames) instead of becoming unrecognisable.
+    """
+    most = max(min(max_frame_pixels, 2 * max_pixels // frames), min_frame_pixels)
+    h, w = max(SIDE, round(height / SIDE) * SIDE), max(SIDE, round(width / SIDE) * SIDE)
+    if h * w > most:
+        scale = math.sqrt(most / (height * width))
+        h, w = (max(SIDE, math.floor(side * scale / SIDE) * SIDE) for side in (height, width))
+    elif h * w < min_frame_pixels:
+        scale = math.sqrt(min_frame_pixels / (height * width))
+        h, w = (math.ceil(side * scale / SIDE) * SIDE for side in (height, width))
+    return h, w
+
+
+# ------------------------------------------------------------------------------------------------ model inputs
+
+THINK = "Output your thought process within the <think> </think> tags, then "
+PROMPTS = {  # the paper's sentences; it prints none for TVG, whose wording is Time-R1's, the paper's baseline
+    "tvg": ('To accurately pinpoint the event "{query}" in the video, determine the precise time period of the event.',
+            'provide the start and end times in seconds, in the format "12.54 to 17.83",'),
+    "vc": ("Add a verb for the event '{frame}' based on the video.", "provide the completed sentence"),
+    "ar": ("Use a verb to describe the event based on the video.", "provide the verb, a single word,"),
+    "vd": ("Describe what people have done based on the video.", "provide the description in one sentence"),
+}
+
+
+def prompt_text(task, query, frame, inversion_format="think"):
+    """The user's words for a task. `frame` is the query with `[]` for each verb; only VC shows it."""
+    question, answer = PROMPTS[task]
+    think = "" if task != "tvg" and inversion_format == "answer" else THINK
+    request = think + answer + " within the <answer> </answer> tags."
+    return question.format(query=query, frame=frame) + "\n" + request[0].upper() + request[1:]
+
+
+def encode_prompt(tokenizer, text, visual_tokens):
+    """-> prompt ids, a list: chat template, `visual_tokens` video pads, `text`, the assistant's opening.
+
+    The text is tokenised apart from the template with special tokens switched off, so that a query which spells
+    "<|im_end|>" stays text.
+    """
+    head, tail, at = _template(tokenizer)
+    body = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return head[:at] + [head[at]] * visual_tokens + head[at + 1:] + body + tail
+
+
+@functools.lru_cache(maxsize=1)
+def _template(tokenizer):
+    """-> (ids before the user's words, ids after them, index of the video pad in the former)."""
+    slot = "\ue000"
+    messages = [{"role": "system", "content": "You are a helpful assistant."},  # what Qwen2.5-VL's template defaults to
+                {"role": "user", "content": "<|vision_start|><|video_pad|><|vision_end|>" + slot}]
+    template = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    head, tail = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in template.split(slot))
+    return head, tail, head.index(tokenizer.convert_tokens_to_ids("<|video_pad|>"))
+
+
+def patchify(frames, mean, std):
+    """(T, 3, H, W) uint8 -> ((T/2 * H/14 * W/14, 1176) float32 patches in Qwen2.5-VL's order, (1, 3) grid in patches)
+
+    `mean` and `std` are the checkpoint's, per channel, for pixels in [0, 1].
+    """
+    T, C, H, W = frames.shape
+    grid = (T // TEMPORAL, H // PATCH, W // PATCH)
+    mean, std = (torch.tensor(x, device=frames.device).view(1, C, 1, 1) for x in (mean, std))
+    pixels = (frames.float() / 255 - mean) / std
+    pixels = pixels.view(grid[0], TEMPORAL, C, grid[1] // MERGE, MERGE, PATCH, grid[2] // MERGE, MERGE, PATCH)
+    # Order: grid step, 2 x 2 blocks row by row, the 4 patches inside a block; each patch is (C, frame, row, column).
+    patches = pixels.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(math.prod(grid), C * TEMPORAL * PATCH * PATCH)
+    return patches, torch.tensor([grid], device=frames.device)
+
+
+def position_ids(ids, grid, fps, video_token_id, tokens_per_second):
+    """-> (3, P) time, height and width positions of a prompt holding one video, by the rule the checkpoints learned.
+
+    Text counts up in all three rows. Visual token (g, h, w) stands at floor(g * tokens_per_second * 2 / fps), h, w
+    past the text before it, and the text after starts behind the largest of the three. transformers computed this
+    until 5.2 and something else since (README, "Positions"), so the model never infers it.
+    """
+    ids = torch.as_tensor(ids)
+    t, h, w = grid[0], grid[1] // MERGE, grid[2] // MERGE
+    first = int((ids == video_token_id).nonzero()[0])
+    seconds_per_grid = TEMPORAL / fps  # the TRUE sampling rate: the only way in which seconds reach the model
+    steps = (torch.arange(t, dtype=torch.float64) * tokens_per_second * seconds_per_grid).long()
+    visual = torch.stack(torch.meshgrid(steps, torch.arange(h), torch.arange(w), indexing="ij")).view(3, -1) + first
+    after = torch.arange(len(ids) - first - t * h * w) + int(visual.max()) + 1
+    return torch.cat([torch.arange(first).expand(3, -1), visual, after.expand(3, -1)], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------ what to train on
+
+
+class TaskSampler:
+    """Which samples and which task an iteration trains on (Eq. 13; Algorithm 1, lines 6-11).
+
+    Every draw is a function of (seed, iteration, slot) alone, so a resumed run replays nothing, and ranks agree
+    without talking. Iteration k has `prompts` slots over all ranks and walks through a new permutation of the samples
+    each epoch. With probability `p` its task is "tvg", else one of `tasks` uniformly; in an inversion iteration a
+    slot whose sample has no verb is redrawn among those that have.
+
+    Iterating yields, for `rank` of `world_size`, each iteration's list of (sample index, task).
+    """
+
+    def __init__(self, has_verb, prompts, p=0.8, tasks=INVERSION_TASKS, seed=0, iterations=1, rank=0, world_size=1):
+        self.has_verb, self.with_verb = has_verb, np.flatnonzero(has_verb)
+        self.prompts, self.p, self.tasks, self.seed, self.iterations = prompts, p, tuple(tasks), seed, iterations
+        self.slots = range(rank * prompts // world_size, (rank + 1) * prompts // world_size)
+        if p < 1 and not len(self.with_verb):
+            raise ValueError("no query has a verb, and inversion tasks need one; use --p 1.")
+
+    def task(self, iteration):
+        rng = np.random.default_rng([self.seed, 1, iteration])
+        if rng.random() < self.p:  # Eq. 13; random() < 1, so p = 1 is TVG alone
+            return "tvg"
+        return self.tasks[rng.integers(len(self.tasks))]
+
+    def index(self, iteration, slot, attempt=0):
+        """The sample of a slot; `attempt` > 0 redraws it (unreadable video) with the same task."""
+        inversion = self.task(iteration) != "tvg"
+        if attempt == 0:
+            epoch, place = divmod(iteration * self.prompts + slot, len(self.has_verb))
+            index = self._permutation(epoch)[place]
+            if self.has_verb[index] or not inversion:
+                return int(index)
+        rng = np.random.default_rng([self.seed, 2, iteration, slot, attempt])
+        return int(rng.choice(self.with_verb) if inversion else rng.integers(len(self.has_verb)))
+
+    def __iter__(self):
+        for k in range(self.iterations):
+            yield [(self.index(k, slot), self.task(k)) for slot in self.slots]
+
+    def _permutation(self, epoch):
+        return _permutation(self.seed, epoch, len(self.has_verb))
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed, epoch, n):
+    return np.random.default_rng([seed, 0, epoch]).permutation(n)
+
+
+@dataclass
+class Item:
+    """What a worker hands to the loop: a decoded clip, or None with the failures that exhausted the slot."""
+
+    index: int
+    task: str
+    clip: Clip | None
+    failures: list = field(default_factory=list)
+
+
+def read_clip(sample, task, **limits):
+    """The whole video for TVG, the ground-truth segment alone for an inversion task (Eq. 2)."""
+    segment = {} if task == "tvg" else {"start": sample.start, "end": sample.end}
+    return read_video(sample.video, **segment, **limits)
+
+
+class TrainingClips(Dataset):
+    """Decodes the clip of (iteration, slot), redrawing the slot when a video cannot be read. Runs in the workers.
+
+    `tasks` gives each sample's own task (demonstrations); else the sampler's task of the iteration holds.
+    """
+
+    def __init__(self, samples, sampler, tasks=None, **limits):
+        self.samples, self.sampler, self.tasks, self.limits = samples, sampler, tasks, limits
+
+    def __getitem__(self, key):
+        iteration, slot = key
+        failures = []
+        for attempt in range(MAX_ATTEMPTS):
+            index = self.sampler.index(iteration, slot, attempt)
+            task = self.tasks[index] if self.tasks else self.sampler.task(iteration)
+            try:
+                return Item(index, task, read_clip(self.samples[index], task, **self.limits), failures)
+            except VideoError as error:
+                failures.append(str(error))
+        return Item(index, task, None, failures)

