@@ -53,7 +53,7 @@ class Demonstration:
 
 def normalize_query(text):
     """The one form of a query in training and evaluation: stripped, on one line, lower case, no final full stop."""
-    return " ".join(text.split()).lower().removesuffix(".").rstrip()
+    return " ".join(text.split()).lower().rstrip(". ")
 
 
 def load_annotations(path, video_dir, single_window=False):
@@ -74,7 +74,7 @@ def load_annotations(path, video_dir, single_window=False):
             rows = parse(record)
             if single_window and len(rows) != 1 and parse is _parse_qvhighlights:
                 continue
-            samples += [_sample(find(video), *row, qid or f"{where}") for video, *row, qid in rows]
+            samples += [_sample(find(video), *row, qid or where) for video, *row, qid in rows]
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             reason = f"no field {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path}, {where}: not a readable annotation row ({reason}).") from error
@@ -89,25 +89,28 @@ def load_demonstrations(path, video_dir):
     Raises ValueError naming the file and the line of a malformed row.
     """
     find, rows = _video_finder(video_dir), []
-    for i, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for where, line in _lines(Path(path).read_text(encoding="utf-8")):
         try:
             r = json.loads(line)
-            sample = _sample(find(r["video"]), r["start"], r["end"], None, r["query"], f"line {i}")
+            sample = _sample(find(r["video"]), r["start"], r["end"], None, r["query"], where)
             if r["task"] not in PROMPTS:
                 raise ValueError(f"task {r['task']!r} is none of {', '.join(PROMPTS)}")
             rows.append(Demonstration(sample, r["task"], str(r["completion"])))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = f"no field {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}, line {i}: not a readable demonstration ({reason}).") from error
+            raise ValueError(f"{path}, {where}: not a readable demonstration ({reason}).") from error
     if not rows:
         raise ValueError(f"{path}: holds no demonstration.")
     return rows
 
 
+def _lines(text):  # not splitlines(), which also cuts at the U+2028 and U+0085 that JSON strings may hold
+    return [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
 def _detect(path, text):
     """-> ([(where, record)], parser of one record into rows of (video, start, end, duration, sentence, qid))."""
-    lines = [(f"line {i}", line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-    first = text.lstrip()[:1]
+    lines, first = _lines(text), text.lstrip()[:1]
     if first not in ("{", "["):
         return lines, _parse_charades
     try:
@@ -166,9 +169,10 @@ def _video_finder(video_dir):
     listed = {p.stem: str(p) for p in folder.iterdir() if p.suffix in VIDEO_SUFFIXES} if folder.is_dir() else {}
 
     def find(name):
-        base = name.replace("\\", "/").rsplit("/", 1)[-1]
-        stem, suffix = (base[:-4], base[-4:]) if base.endswith(VIDEO_SUFFIXES) else (base, ".mp4")
-        return listed.get(stem.removesuffix("."), str(folder / (stem + suffix)))
+        path = folder / name.replace("\\", "/").rsplit("/", 1)[-1]
+        if path.suffix not in VIDEO_SUFFIXES:
+            path = folder / f"{path.name}.mp4"
+        return listed.get(path.stem, str(path))
 
     return find
 
@@ -218,9 +222,9 @@ class Clip(NamedTuple):
     fps: float
 
 
-def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=None, end=None,
+def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=0.0, end=math.inf,
                min_frame_pixels=MIN_FRAME_PIXELS, max_frame_pixels=MAX_FRAME_PIXELS):
-    """Sample the frames nearest to t = start + k / fps seconds, up to `end` (default: the whole video).
+    """Sample the frames nearest to t = start + k / fps seconds, up to `end` (default: the video's).
 
     T is even, 2 to 768. A segment shorter than two frames is widened to 1 / fps seconds; a count that comes out odd
     is rounded up, its last target being `end` itself; over 768 frames the whole is sampled at a lower rate, which
@@ -230,11 +234,11 @@ def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=None, end=None,
     """
     try:
         with av.open(str(path)) as container:
-            video = _Timed(container)
+            video, end = _Timed(container), max(end, start + 1 / fps)
             known, at_end, seek_to = _scan_times(video, start, end)
-            period = (known[-1] - known[0]) / max(1, len(known) - 1) or 1 / fps
-            video_end = known[-1] + period if at_end else math.inf  # inf: past `end`, its value does not matter
-            targets, fps = _targets(known[0] if start is None else start, end, video_end, fps)
+            if at_end:
+                end = min(end, known[-1] + ((known[-1] - known[0]) / max(1, len(known) - 1) or 1 / fps))
+            targets, fps = _targets(start, end, fps)
             size = functools.partial(fit_size, frames=len(targets), max_pixels=max_pixels,
                                      min_frame_pixels=min_frame_pixels, max_frame_pixels=max_frame_pixels)
             video.seek(min(seek_to, targets[0]))
@@ -275,22 +279,21 @@ def _scan_times(video, start, end):
         video.seek(seek_to)
         for packet in video.container.demux(video.stream):
             t = video.time_of(packet)
-            if packet.size and t is not None:
+            if packet.size and t is not None and (times or packet.is_keyframe or not seek_to):
                 times.append(t)
             # Packets come in decoding order: once dts is past `end`, so is every later presentation time.
-            if end is not None and packet.dts is not None and video.seconds(packet.dts) > end:
+            if packet.dts is not None and video.seconds(packet.dts) > end:
                 at_end = False
                 break
-        if not start or (times and min(times) <= start):  # some containers seek past the target: then start over
+        if not start or (times and min(times) <= start):  # MPEG-TS seeks past the key frame: then start over
             break
     if not times:
         raise ValueError("it holds no frame")
     return sorted(times), at_end, seek_to
 
 
-def _targets(start, end, video_end, fps):
-    """-> (target times (T,), true fps) for [start, end] cut to the video's end; T even, 2 to MAX_FRAMES."""
-    end = min(video_end, video_end if end is None else max(end, start + 1 / fps))
+def _targets(start, end, fps):
+    """-> (target times (T,), true fps) for [start, end]; T even, 2 to MAX_FRAMES."""
     start = max(0.0, min(start, end - 1 / fps))  # a segment at the very end is widened to the left
     count = math.ceil((end - start) * fps - 1e-6)
     count = min(MAX_FRAMES, max(2, count + count % 2))
@@ -336,17 +339,17 @@ def fit_size(height, width, frames, max_pixels=MAX_PIXELS, min_frame_pixels=MIN_
     """-> (height, width), multiples of 28 near the aspect ratio, for `frames` frames within the video's budget.
 
     The budget counts two-frame grids, so a frame may hold 2 * max_pixels / frames pixels, at most `max_frame_pixels`.
-    A frame never goes below `min_frame_pixels` (by default 16 tokens a grid): beyond 448 frames, 224 s at 2 FPS, a
+    That limit is never below `min_frame_pixels` (by default 16 tokens a grid): beyond 448 frames, 224 s at 2 FPS, a
     long video therefore exceeds `max_pixels` (up to 6,144 tokens at 768 frames) instead of becoming unrecognisable.
     """
     most = max(min(max_frame_pixels, 2 * max_pixels // frames), min_frame_pixels)
     h, w = max(SIDE, round(height / SIDE) * SIDE), max(SIDE, round(width / SIDE) * SIDE)
+    if h * w < min_frame_pixels:
+        scale = math.sqrt(min_frame_pixels / (height * width))
+        h, w = (math.ceil(side * scale / SIDE) * SIDE for side in (height, width))
     if h * w > most:
         scale = math.sqrt(most / (height * width))
         h, w = (max(SIDE, math.floor(side * scale / SIDE) * SIDE) for side in (height, width))
-    elif h * w < min_frame_pixels:
-        scale = math.sqrt(min_frame_pixels / (height * width))
-        h, w = (math.ceil(side * scale / SIDE) * SIDE for side in (height, width))
     return h, w
 
 
@@ -456,7 +459,7 @@ class TaskSampler:
         inversion = self.task(iteration) != "tvg"
         if attempt == 0:
             epoch, place = divmod(iteration * self.prompts + slot, len(self.has_verb))
-            index = self._permutation(epoch)[place]
+            index = _permutation(self.seed, epoch, len(self.has_verb))[place]
             if self.has_verb[index] or not inversion:
                 return int(index)
         rng = np.random.default_rng([self.seed, 2, iteration, slot, attempt])
@@ -465,9 +468,6 @@ class TaskSampler:
     def __iter__(self):
         for k in range(self.iterations):
             yield [(self.index(k, slot), self.task(k)) for slot in self.slots]
-
-    def _permutation(self, epoch):
-        return _permutation(self.seed, epoch, len(self.has_verb))
 
 
 @functools.lru_cache(maxsize=2)

@@ -339,7 +339,7 @@ def make_run(config, device, samples, completions, resume_from):
     model, processor = evaluate.load_model(resume_from or config.model, device)
     model.model.visual.requires_grad_(config.train_vision)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     reference = None
     if config.kl_coef and not completions:
         reference, _ = evaluate.load_model(config.model, device)
