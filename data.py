@@ -166,7 +166,7 @@ def _sample(video, start, end, duration, sentence, qid):
 def _video_finder(video_dir):
     """-> name -> path: an annotation's id or path, found in `video_dir` whatever the container's suffix."""
     folder = Path(video_dir)
-    listed = {p.stem: str(p) for p in folder.iterdir() if p.suffix in VIDEO_SUFFIXES} if folder.is_dir() else {}
+    listed = {p.stem: str(p) for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES} if folder.is_dir() else {}
 
     def find(name):
         path = folder / name.replace("\\", "/").rsplit("/", 1)[-1]
@@ -189,11 +189,10 @@ def prepare_training(samples):
     """
     kept, clamped = [], 0
     for s in samples:
-        duration = s.duration or video_duration(s.video)
-        if duration and s.end > duration:
-            s, clamped = replace(s, end=duration), clamped + 1
-        if s.start < s.end:
-            kept.append(s)
+        end = min(s.end, s.duration or video_duration(s.video) or math.inf)
+        if s.start < end:
+            kept.append(replace(s, end=end))
+            clamped += end < s.end
     return kept, clamped, len(samples) - len(kept)
 
 

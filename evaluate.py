@@ -107,7 +107,7 @@ def parse_settings(cls, description, argv=None):
     """Build the command line from a dataclass of `flag`s and parse it; a mistake prints one sentence and exits 2."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}; --help lists every option.")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists every option.\n")
     for f in dataclasses.fields(cls):
         kind = {"help": f"{f.metadata['help']} [{' '.join(map(str, f.default)) if f.type is tuple else f.default}]",
                 "default": f.default}
@@ -426,13 +426,17 @@ def run(program, settings):
     device = setup_distributed()
     try:
         program(settings, device)
-    except UserError as error:
-        if dist.get_rank() == 0:
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        os._exit(1) if dist.get_world_size() > 1 else sys.exit(1)
+    except (UserError, data.VideoError, ImportError) as error:
+        # What every rank finds is said once; an unreadable video is found by the rank whose slot it was.
+        if dist.get_rank() == 0 or isinstance(error, data.VideoError):
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        if dist.get_world_size() > 1:
+            os._exit(1)  # the others may wait for this rank for ever: torchrun ends them
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()
 
 
 def main(settings, device):

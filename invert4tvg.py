@@ -93,42 +93,8 @@ class Config(evaluate.Settings):
             raise UserError(f"--p is {self.p}; a probability lies between 0 and 1.")
         if self.group_size < 2 and not self.demonstrations:
             raise UserError("--group-size 1 leaves nothing to compare; use 2 or more.")
-
-
-# ------------------------------------------------------------------------------------------------ optimiser
-
-
-class MasterAdamW(torch.optim.Optimizer):
-    """AdamW whose state holds a float32 master copy of every parameter that is not float32 itself.
-
-    A bfloat16 weight has 8 bits: an update of 1e-6 to a weight of 0.02 is lost in rounding, here it accumulates. The
-    masters live in the optimiser's state so that ZeroRedundancyOptimizer shards them over ranks with the moments.
-    """
-
-    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            (b1, b2), lr = group["betas"], group["lr"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state, grad = self.state[p], p.grad.float()
-                if not state:
-                    state.update(step=0, exp_avg=torch.zeros_like(grad), exp_avg_sq=torch.zeros_like(grad))
-                    if p.dtype != torch.float32:
-                        state["master"] = p.float()
-                master = state.get("master", p)
-                state["step"] += 1
-                master.mul_(1 - lr * group["weight_decay"])
-                state["exp_avg"].lerp_(grad, 1 - b1)
-                state["exp_avg_sq"].mul_(b2).addcmul_(grad, grad, value=1 - b2)
-                deviation = (state["exp_avg_sq"] / (1 - b2 ** state["step"])).sqrt_().add_(group["eps"])
-                master.addcdiv_(state["exp_avg"], deviation, value=-lr / (1 - b1 ** state["step"]))
-                if master is not p:
-                    p.copy_(master)
+        if self.demonstrations and self.annotations != type(self).annotations:
+            raise UserError("--demonstrations and --annotations both name rows to train on; give one of them.")
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -286,15 +252,14 @@ def update(run, batches, lr):
             # Gradients are averaged over ranks once, in the last micro-batch's backward pass.
             with nullcontext() if i == len(batches) - 1 else run.policy.no_sync():
                 logps, entropy = run.policy(batch.prompts, batch.ids, batch.mask, batch.features)
-                if old[i] is None:
-                    old[i] = logps.detach()
+                first, old[i] = old[i] is None, logps.detach() if old[i] is None else old[i]
                 loss, values = grpo.grpo_loss(logps, old[i], batch.ref_logps, batch.advantages, batch.mask,
                                               config.clip_epsilon, config.kl_coef, config.loss_reduction)
                 (loss * share).backward()
             values |= {"loss": loss.item(), "entropy": entropy[batch.mask].mean().item()}
             if run.completions:
                 values["nll"] = -logps[batch.mask].mean().item()
-            else:
+            elif first:
                 gap = (logps.detach() - batch.sampler_logps)[batch.mask].abs()
                 values |= {"sampler_gap_mean": gap.mean().item(), "sampler_gap_max": gap.max().item()}
             metrics.append(values)
@@ -348,7 +313,7 @@ def make_run(config, device, samples, completions, resume_from):
     # gradient_as_bucket_view: else DDP's buckets are a second copy of the gradients.
     policy = DistributedDataParallel(grpo.Policy(model, processor.banned, temperature), gradient_as_bucket_view=True)
     optimizer = ZeroRedundancyOptimizer(
-        [p for p in model.parameters() if p.requires_grad], optimizer_class=MasterAdamW, lr=config.lr,
+        [p for p in model.parameters() if p.requires_grad], optimizer_class=grpo.MasterAdamW, lr=config.lr,
         betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay)
     if resume_from:
         load_optimizer(resume_from, model, optimizer)
@@ -383,7 +348,7 @@ def train(config, device):
         waited = time.perf_counter() - began
         failures = [failure for item in items for failure in item.failures]
         if any(item.clip is None for item in items):
-            raise UserError(f"{data.MAX_ATTEMPTS} draws for one slot gave no readable video: " + " ".join(failures))
+            raise data.VideoError(f"{data.MAX_ATTEMPTS} draws for one slot gave no readable video: {' '.join(failures)}")
 
         batches, metrics = [], []
         for i in range(config.accumulation):

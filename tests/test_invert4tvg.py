@@ -1,0 +1,355 @@
+"""The training loop: optimiser, supervised stage, two processes, checkpoints, interruption, the command line."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from safetensors.torch import load_file
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+import data
+import evaluate
+import grpo
+import invert4tvg
+from conftest import ROOT, byte_tokenizer, tiny_model, write_video
+from test_grpo import make_prompt, token_ids
+
+QUERIES = ("person opens the door", "a person is sitting down", "a red lamp", "the man runs and laughs")
+
+
+def make_config(folder, model):
+    """Four rows on two mp4 files, one without a verb; GRPO with two prompts an iteration, groups of three."""
+    (folder / "videos").mkdir()
+    for name in ("AAA", "BBB"):
+        write_video(folder / "videos" / f"{name}.mp4", [i / 5 for i in range(25)], size=(28, 56))
+    rows = [f"{'AB'[i % 2] * 3} {i / 2} {i / 2 + 2}##{query}.\n" for i, query in enumerate(QUERIES)]
+    (folder / "train.txt").write_text("".join(rows))
+    return invert4tvg.Config(
+        model=str(model), annotations=str(folder / "train.txt"), videos=str(folder / "videos"),
+        output=str(folder / "run"), workers=0, max_new_tokens=6, group_size=3, micro_batch=1, accumulation=2,
+        iterations=4, lr=1e-3, p=0.5)
+
+
+@pytest.fixture()
+def config(tmp_path, checkpoint):
+    return make_config(tmp_path, checkpoint)
+
+
+@pytest.fixture(scope="session")
+def babbler(tmp_path_factory, checkpoint):
+    """The tiny model after a short supervised stage: its answers are sometimes well-formed, so that rewards differ."""
+    folder = tmp_path_factory.mktemp("babbler")
+    config = make_config(folder, checkpoint)
+    line = {"video": "AAA", "query": "person runs", "start": 0, "end": 2, "completion": "<think>a</think><answer>1 to 2</answer>"}
+    (folder / "demos.jsonl").write_text("".join(json.dumps(line | {"task": task}) + "\n" for task in data.PROMPTS))
+    train(config, demonstrations=str(folder / "demos.jsonl"), micro_batch=4, accumulation=1, iterations=60, lr=1e-2)
+    return evaluate.newest_checkpoint(config.output)
+
+
+@pytest.fixture()
+def lively(config, babbler):
+    """A run whose policy moves."""
+    return dataclasses.replace(config, model=str(babbler), max_new_tokens=40)
+
+
+def train(config, **changes):
+    evaluate.run(invert4tvg.train, dataclasses.replace(config, **changes))
+
+
+def log_of(output):
+    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(output):
+    return load_file(evaluate.newest_checkpoint(output) / "model.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------ optimiser
+
+
+def test_float32_optimizer_equals_adamw():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
+    arguments = dict(lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    a, b = grpo.MasterAdamW([ours], **arguments), torch.optim.AdamW([theirs], **arguments)
+    for _ in range(20):
+        ours.grad = torch.randn(7)
+        theirs.grad = ours.grad.clone()
+        a.step(), b.step()
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_master_weights_keep_updates_that_bfloat16_loses():
+    # Near 0.02 bfloat16 numbers lie 0.00012 apart: steps of 1e-6 vanish one by one and count a thousandfold.
+    p = torch.nn.Parameter(torch.full((1,), 0.02, dtype=torch.bfloat16))
+    lost = p.detach().clone()
+    optimizer = grpo.MasterAdamW([p], lr=1e-6)
+    for _ in range(1000):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        lost -= 1e-6
+    assert lost.item() == pytest.approx(0.02, rel=1e-2)
+    assert optimizer.state[p]["master"].item() == pytest.approx(0.02 - 0.001, abs=3e-5)
+    assert p.item() == optimizer.state[p]["master"].bfloat16().item() < 0.0195
+
+
+# ------------------------------------------------------------------------------------------------ two processes
+
+
+def fixed_groups(tokenizer, model):
+    """Four prompts with two given completions each, and their advantages."""
+    prompts = [make_prompt(tokenizer, model, 28, 56, 4 + 2 * i, f"query {i}", seed=i) for i in range(4)]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 200, (8, 5), generator=generator)
+    mask = torch.arange(5) < torch.tensor([5, 2, 3, 3, 1, 4, 5, 5]).unsqueeze(1)
+    return prompts, ids, mask, torch.randn(8, generator=generator)
+
+
+def loss_of(policy, prompts, ids, mask, advantages):
+    logps, _ = policy(prompts, ids, mask, None)
+    return grpo.grpo_loss(logps, logps.detach(), logps.detach() - 0.1, advantages, mask)[0]
+
+
+def two_ranks(rank, store, results):
+    """Rank `rank` of two: gradients of its half, one micro-batch at a time; then sharded optimiser steps."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    tokenizer = byte_tokenizer()
+    model = tiny_model(tokenizer)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    policy = DistributedDataParallel(
+        grpo.Policy(model, token_ids(tokenizer, "<|video_pad|>"), 1.0), gradient_as_bucket_view=True)
+    prompts, ids, mask, advantages = fixed_groups(tokenizer, model)
+    for half in (0, 1):
+        b = 2 * rank + half
+        rows = slice(2 * b, 2 * b + 2)
+        part = prompts[b:b + 1], ids[rows], mask[rows], advantages[rows]
+        if half == 0:
+            with policy.no_sync():
+                (loss_of(policy, *part) / 2).backward()
+        else:
+            (loss_of(policy, *part) / 2).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    sharded = [torch.nn.Parameter(torch.full((n,), 0.02, dtype=torch.bfloat16)) for n in (40, 30, 20, 10)]
+    optimizer = ZeroRedundancyOptimizer(sharded, optimizer_class=grpo.MasterAdamW, lr=1e-4)
+    for step in range(10):
+        for i, p in enumerate(sharded):
+            p.grad = torch.linspace(-1, 1, len(p)).bfloat16() * (step - 3 + i)
+        optimizer.step()
+    if rank == 0:
+        torch.save({"gradients": gradients, "sharded": [p.detach() for p in sharded],
+                    "held": sum(s["master"].numel() for s in optimizer.optim.state.values())}, results)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(two_ranks, (str(folder / "store"), str(folder / "results.pt")), nprocs=2)
+    return torch.load(folder / "results.pt")
+
+
+def test_gradients_of_two_processes_equal_those_of_one(of_two_ranks):
+    tokenizer = byte_tokenizer()
+    model = tiny_model(tokenizer)
+    policy = grpo.Policy(model, token_ids(tokenizer, "<|video_pad|>"), 1.0)
+    loss_of(policy, *fixed_groups(tokenizer, model)).backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, of_two_ranks["gradients"][name], atol=1e-6), name
+
+
+def test_sharded_bfloat16_training_equals_float32_adamw_within_rounding(of_two_ranks):
+    plain = [torch.nn.Parameter(torch.full((n,), 0.02).bfloat16().float()) for n in (40, 30, 20, 10)]
+    optimizer = torch.optim.AdamW(plain, lr=1e-4, weight_decay=0.0)
+    for step in range(10):
+        for i, p in enumerate(plain):
+            p.grad = (torch.linspace(-1, 1, len(p)).bfloat16() * (step - 3 + i)).float()
+        optimizer.step()
+    for found, expected in zip(of_two_ranks["sharded"], plain):
+        assert found.dtype == torch.bfloat16
+        assert torch.allclose(found.float(), expected, rtol=2**-8)  # one rounding to bfloat16
+    assert of_two_ranks["held"] == 50  # of 100 masters: a rank holds its share alone
+
+
+# ------------------------------------------------------------------------------------------------ supervised stage
+
+
+def test_demonstrations_log_and_lower_the_cross_entropy(config, tmp_path):
+    lines = [{"video": "AAA", "query": query, "start": 0, "end": 2, "task": task, "completion": f"<answer> {i} </answer>"}
+             for i, (query, task) in enumerate(zip(QUERIES, ("tvg", "vc", "ar", "vd")))]
+    (tmp_path / "demos.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train(config, demonstrations=str(tmp_path / "demos.jsonl"), micro_batch=4, accumulation=1, iterations=15, lr=1e-2)
+    log = log_of(config.output)
+    assert log[-1]["nll"] < 0.5 * log[0]["nll"] and log[0]["task"] == "sft"
+
+    # The first step's value by a plain cross-entropy over the completions' tokens.
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    mean, std = (json.loads((Path(config.model) / "preprocessor_config.json").read_text())[k]
+                 for k in ("image_mean", "image_std"))
+    losses = []
+    for line in lines:
+        segment = {} if line["task"] == "tvg" else {"start": 0, "end": 2}
+        clip = data.read_video(f"{config.videos}/AAA.mp4", **segment)
+        patches, grid = data.patchify(clip.frames, mean, std)
+        text = data.prompt_text(line["task"], line["query"], invert4tvg.rewards.mask_verbs(line["query"])[0])
+        prompt = data.encode_prompt(tokenizer, text, len(patches) // 4)
+        answer = tokenizer(line["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        ids = torch.tensor([prompt + answer])
+        positions = data.position_ids(prompt + answer, grid[0].tolist(), clip.fps, model.config.video_token_id, 2)
+        with torch.no_grad():
+            logits = model(input_ids=ids, position_ids=positions.unsqueeze(1), pixel_values_videos=patches,
+                           video_grid_thw=grid).logits[0, len(prompt) - 1:-1]
+        logits[:, [model.config.video_token_id, model.config.image_token_id]] = -torch.inf
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none"))
+    assert log[0]["nll"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+def test_five_iterations_from_mp4_files_through_the_command_line(lively, tmp_path):
+    """Both tasks kinds, evaluation, a checkpoint that from_pretrained loads, and every metric the README names."""
+    command = [sys.executable, str(ROOT / "invert4tvg.py")]
+    for name in ("model", "annotations", "videos", "output", "max_new_tokens", "group_size", "accumulation", "lr", "p"):
+        command += [invert4tvg.option(name), str(getattr(lively, name))]
+    command += ["--iterations", "5", "--workers", "2", "--mu", "2", "--eval-every", "5", "--eval-limit", "2",
+                "--eval-annotations", lively.annotations, "--seed", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    log = log_of(lively.output)
+    steps = [row for row in log if row["task"] != "eval"]
+    assert [row["iteration"] for row in steps] == [0, 1, 2, 3, 4]
+    assert {row["task"] for row in steps} > {"tvg"}
+    for row in steps:
+        part = "iou" if row["task"] == "tvg" else row["task"]
+        for name in (f"{row['task']}/{part}", f"{row['task']}/format_std", f"{row['task']}/total", "zero_spread", "kl",
+                     "clip_low", "clip_high", "entropy", "length", "cut_off", "sampler_gap_max", "wait_seconds", "lr"):
+            assert name in row
+    assert max(row["sampler_gap_max"] for row in steps) < 1e-5
+    assert [row["lr"] for row in steps] == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
+    measured = [row for row in log if row["task"] == "eval"]
+    assert [row["iteration"] for row in measured] == [0, 5] and {"mIoU", "R1@0.7", "VC", "AR", "VD"} <= set(measured[0])
+
+    last = evaluate.newest_checkpoint(lively.output)
+    Qwen2_5_VLForConditionalGeneration.from_pretrained(last)
+    before, after = load_file(Path(lively.model) / "model.safetensors"), load_file(last / "model.safetensors")
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in moved if "visual" in name} == set()  # the tower is frozen
+    still = {name for name in before if name not in moved and "visual" not in name}
+    assert not still
+
+
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(lively):
+    train(lively, save_every=2)
+    assert any(row["grad_norm"] > 0 for row in log_of(lively.output))
+    whole, log = weights_of(lively.output), log_of(lively.output)
+    state = torch.load(evaluate.newest_checkpoint(lively.output) / "optimizer.0.pt")
+    invert4tvg.shutil.rmtree(evaluate.newest_checkpoint(lively.output))  # as if it had died after iteration 3
+    train(lively, save_every=2, resume=True)
+    again = weights_of(lively.output)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    for name, values in torch.load(evaluate.newest_checkpoint(lively.output) / "optimizer.0.pt").items():
+        assert torch.equal(values["exp_avg_sq"], state[name]["exp_avg_sq"]) and values["step"] == 4
+    timeless = lambda rows: [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]  # noqa: E731
+    assert timeless(log_of(lively.output)) == timeless(log)
+
+
+def test_only_the_newest_checkpoints_are_kept(config):
+    train(config, save_every=1, keep=2, p=1.0)
+    assert sorted(p.name for p in Path(config.output).glob("checkpoint*")) == ["checkpoint-000003", "checkpoint-000004"]
+
+
+def test_trained_vision_moves_the_tower(lively):
+    train(lively, train_vision=True, loss_reduction="token")
+    before, after = load_file(Path(lively.model) / "model.safetensors"), weights_of(lively.output)
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert not [name for name in still if "visual" in name]
+
+
+def test_unreadable_videos_are_redrawn_and_counted(config):
+    (Path(config.videos) / "BBB.mp4").write_bytes(b"not a video")
+    train(config)
+    log = log_of(config.output)
+    assert len(log) == 4 and sum(row["redrawn"] for row in log) > 0
+
+
+def test_nothing_readable_stops_the_run_with_the_list(config, capsys):
+    for name in ("AAA", "BBB"):
+        (Path(config.videos) / f"{name}.mp4").write_bytes(b"not a video")
+    with pytest.raises(SystemExit):
+        train(config)
+    message = capsys.readouterr().err.split("invert4tvg")[-1]
+    assert "8 draws" in message and "AAA.mp4" in message and "BBB.mp4" in message
+
+
+def test_an_output_that_holds_a_run_is_not_overwritten(config, capsys):
+    train(config, iterations=1)
+    with pytest.raises(SystemExit):
+        train(config)
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_and_resume_goes_on(config, tmp_path):
+    command = [sys.executable, str(ROOT / "invert4tvg.py"), "--workers", "1", "--iterations", "100000"]
+    for name in ("model", "annotations", "videos", "output", "max_new_tokens", "group_size"):
+        command += [invert4tvg.option(name), str(getattr(config, name))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                               start_new_session=True)
+    while process.poll() is None and not (Path(config.output) / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    while process.poll() is None and not (Path(config.output) / "metrics.jsonl").read_text().count("\n") > 1:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
+    out, err = process.communicate()
+    assert process.returncode == 0 and "--resume goes on" in out and "Traceback" not in err
+    done = int(evaluate.newest_checkpoint(config.output).name.split("-")[1])
+    assert len(log_of(config.output)) == done
+    train(config, iterations=done + 1, resume=True)
+    assert len(log_of(config.output)) == done + 1
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--p", "1.5"], "--p is 1.5"), (["--group-size", "1"], "--group-size 1"), (["--lr", "0"], "--lr is 0.0"),
+    (["--no-such-option"], "--no-such-option"), (["--inversion-tasks", "vc", "xy"], "'xy'"), (["--mu", "x"], "'x'"),
+    (["--min-frame-pixels", "900000"], "--max-frame-pixels"), (["--kl-coef", "-1"], "cannot be negative"),
+    (["--demonstrations", "d.jsonl", "--annotations", "a.txt"], "--annotations")])
+def test_a_wrong_option_is_one_sentence(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.parse_settings(invert4tvg.Config, "", argv)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and words in message and message.count("\n") == 1
+
+
+def test_every_setting_is_an_option_with_its_explanation(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_settings(invert4tvg.Config, "text", ["--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(invert4tvg.Config):
+        assert invert4tvg.option(field.name) in text
+    settings = evaluate.parse_settings(invert4tvg.Config, "", ["--inversion-tasks", "vc", "--no-gradient-checkpointing"])
+    assert settings == invert4tvg.Config(inversion_tasks=("vc",), gradient_checkpointing=False)
+
+
+def test_without_data_it_says_what_it_wants(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        evaluate.run(invert4tvg.train, invert4tvg.Config())
+    message = capsys.readouterr().err
+    assert "data/charades_sta_train.txt" in message and "train.sh demo" in message and message.count("\n") == 1
