@@ -221,9 +221,9 @@ class Clip(NamedTuple):
     fps: float
 
 
-def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=0.0, end=math.inf,
+def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=None, end=None,
                min_frame_pixels=MIN_FRAME_PIXELS, max_frame_pixels=MAX_FRAME_PIXELS):
-    """Sample the frames nearest to t = start + k / fps seconds, up to `end` (default: the video's).
+    """Sample the frames nearest to t = start + k / fps seconds, up to `end` (default: the whole video).
 
     T is even, 2 to 768. A segment shorter than two frames is widened to 1 / fps seconds; a count that comes out odd
     is rounded up, its last target being `end` itself; over 768 frames the whole is sampled at a lower rate, which
@@ -233,7 +233,8 @@ def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=0.0, end=math.inf,
     """
     try:
         with av.open(str(path)) as container:
-            video, end = _Timed(container), max(end, start + 1 / fps)
+            video, start = _Timed(container), start or 0.0
+            end = math.inf if end is None else max(end, start + 1 / fps)
             known, at_end, seek_to = _scan_times(video, start, end)
             if at_end:
                 end = min(end, known[-1] + ((known[-1] - known[0]) / max(1, len(known) - 1) or 1 / fps))
