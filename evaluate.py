@@ -91,7 +91,7 @@ class Settings:
 class EvalSettings(Settings):
     """Evaluation alone."""
 
-    annotations: str = flag("data/charades_sta_test.txt", Settings.__dataclass_fields__["annotations"].metadata["help"])
+    annotations: str = flag("data/charades_sta_test.txt", "held-out rows, in any of the formats training reads")
     output: str = flag("runs/evaluation", "folder for predictions and metrics.json; rows already predicted are kept")
     tasks: tuple = flag(TASKS, "what to measure", choices=TASKS)
     limit: int = flag(0, "evaluate this many rows, evenly spaced over the file; 0: all")
@@ -280,14 +280,14 @@ def paired_bootstrap(ours, theirs, draws=10_000, seed=0):
     other = {(p["row"], p["task"]): p for p in theirs}
     if {(p["row"], p["task"], p["query"]) for p in ours} != {(p["row"], p["task"], p["query"]) for p in theirs}:
         raise UserError("the two evaluations do not hold the same rows; evaluate both on the same file and tasks.")
-    names = sorted({p["video"] for p in ours})
+    names = {video: i for i, video in enumerate(sorted({p["video"] for p in ours}))}
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)  # (draws, videos)
     sums = {}  # metric -> (videos, 3): rows, our sum, their sum
     for p in ours:
         for name, value in row_values(p).items():
             table = sums.setdefault(name, np.zeros((len(names), 3)))
-            table[names.index(p["video"])] += (1, value, row_values(other[p["row"], p["task"]])[name])
+            table[names[p["video"]]] += (1, value, row_values(other[p["row"], p["task"]])[name])
     result = {}
     for name, table in sums.items():
         drawn = weights @ table

@@ -227,7 +227,7 @@ def rollout(run, items, generator):
     parts = {part: np.reshape([s[part] for s in scores], (-1, G)) for part in scores[0]}
     metrics = {f"{task}/{part}": float(values.mean()) for part, values in parts.items()}
     metrics |= {f"{task}/{part}_std": float(values.std(1, ddof=1).mean()) for part, values in parts.items()}
-    metrics |= {"zero_spread": float((parts["total"].std(1) == 0).mean()),
+    metrics |= {"zero_spread": float((np.ptp(parts["total"], axis=1) == 0).mean()),
                 "length": sampled.mask.sum(1).float().mean().item(),
                 "cut_off": (~sampled.ended).float().mean().item()}
     return Batch(prompts, features, sampled.ids, sampled.mask, advantages.flatten(), sampled.logps, ref_logps), metrics
@@ -332,8 +332,12 @@ def train(config, device):
     total = config.iterations or math.ceil(config.epochs * len(samples) / prompts)
     start = json.loads((resume_from / "run.json").read_text())["iteration"] if resume_from else 0
     p = 1.0 if completions else config.p
-    has_verb = [p < 1 and bool(gold) for _, gold in rewards.mask_queries([s.query for s in samples])]
-    sampler = data.TaskSampler(has_verb, prompts, p, config.inversion_tasks, config.seed, total, rank, world)
+    queries = [s.query for s in samples]
+    has_verb = [bool(gold) for _, gold in rewards.mask_queries(queries)] if p < 1 else [False] * len(queries)
+    try:
+        sampler = data.TaskSampler(has_verb, prompts, p, config.inversion_tasks, config.seed, total, rank, world)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     clips = data.TrainingClips(samples, sampler, tasks, **config.clip_limits())
     loader = iter(evaluate.make_loader(clips, config.workers, batch_sampler=[
         [(k, slot) for slot in sampler.slots] for k in range(start, total)]))
