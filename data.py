@@ -315,7 +315,7 @@ def _decode_nearest(video, targets, size):
             turned = quarter_turns % 2
             height, width = size(*((frame.width, frame.height) if turned else (frame.height, frame.width)))
             stored = (height, width) if turned else (width, height)
-            image = reformatter.reformat(frame, *stored, format="rgb24", interpolation="BICUBIC").to_ndarray()
+            image = reformatter.reformat(frame, *stored, format="rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
             images.append(np.rot90(image, quarter_turns))
         times.append(t)
 
