@@ -66,7 +66,7 @@ def load_annotations(path, video_dir, single_window=False):
 
     Raises ValueError naming the file and the line (or key, or item) of a malformed row.
     """
-    records, parse = _detect(path, Path(path).read_text(encoding="utf-8"))
+    records, parse = _detect(path, _read(path))
     find = _video_finder(video_dir)
     samples = []
     for where, record in records:
@@ -89,7 +89,7 @@ def load_demonstrations(path, video_dir):
     Raises ValueError naming the file and the line of a malformed row.
     """
     find, rows = _video_finder(video_dir), []
-    for where, line in _lines(Path(path).read_text(encoding="utf-8")):
+    for where, line in _lines(_read(path)):
         try:
             r = json.loads(line)
             sample = _sample(find(r["video"]), r["start"], r["end"], None, r["query"], where)
@@ -106,6 +106,13 @@ def load_demonstrations(path, video_dir):
 
 def _lines(text):  # not splitlines(), which also cuts at the U+2028 and U+0085 that JSON strings may hold
     return [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _read(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error.reason}); convert it.") from error
 
 
 def _detect(path, text):
@@ -170,7 +177,7 @@ def _video_finder(video_dir):
 
     def find(name):
         path = folder / name.replace("\\", "/").rsplit("/", 1)[-1]
-        if path.suffix not in VIDEO_SUFFIXES:
+        if path.suffix.lower() not in VIDEO_SUFFIXES:
             path = folder / f"{path.name}.mp4"
         return listed.get(path.stem, str(path))
 
@@ -321,6 +328,8 @@ def _decode_nearest(video, targets, size):
 
     for frame in video.container.decode(video.stream):
         t = video.time_of(frame)
+        if t is None:
+            continue
         while len(times) < len(targets) and targets[len(times)] <= t:
             target = targets[len(times)]
             keep(*(before if before and target - before[0] <= t - target else (t, frame)))

@@ -13,9 +13,12 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import os
 import signal
 import sys
+import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -82,6 +86,11 @@ class Settings:
         for name in ("fps", "max_pixels", "min_frame_pixels", "max_frame_pixels", "max_new_tokens", "micro_batch"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{option(name)} is {getattr(self, name)}; it must be above 0.")
+        for f in dataclasses.fields(self):
+            if f.type is float and not math.isfinite(getattr(self, f.name)):
+                raise UserError(f"{option(f.name)} is {getattr(self, f.name)}; it must be a finite number.")
+        if self.workers < 0:
+            raise UserError(f"--workers is {self.workers}; it cannot be negative.")
         if self.min_frame_pixels > self.max_frame_pixels:
             raise UserError(f"--min-frame-pixels {self.min_frame_pixels} is above --max-frame-pixels "
                             f"{self.max_frame_pixels}; lower the first or raise the second.")
@@ -138,6 +147,9 @@ def setup_distributed():
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda and device.index >= torch.cuda.device_count():
+        sys.exit(f"torchrun started more processes than there are GPUs ({torch.cuda.device_count()}); lower "
+                 "--nproc_per_node.")
     if cuda:
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -156,8 +168,7 @@ class Processor(NamedTuple):
     """What stands between text, pixels and a checkpoint's tensors."""
 
     tokenizer: object
-    mean: list  # of a pixel in [0, 1], per channel
-    std: list
+    pixels: dict  # the checkpoint's preprocessor_config.json: image_mean and image_std of a pixel in [0, 1]
     eos: torch.Tensor  # ids that end a completion
     banned: torch.Tensor  # ids never sampled: they would ask for video features
 
@@ -179,7 +190,9 @@ def load_model(name, device):
             path, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, attn_implementation="sdpa")
         tokenizer = AutoTokenizer.from_pretrained(path)
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(path)
-    except (OSError, ValueError) as error:
+        if not {"image_mean", "image_std"} <= pixels.keys():
+            raise ValueError("its preprocessor_config.json states no image_mean and image_std")
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"--model {name}: no Qwen2.5-VL checkpoint could be loaded ({reason}); give a folder that holds "
                         "one or a hub id that this machine can reach.") from error
@@ -189,13 +202,13 @@ def load_model(name, device):
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     as_ids = lambda ids: torch.tensor(sorted(ids), device=device)  # noqa: E731
     banned = {model.config.video_token_id, model.config.image_token_id}
-    return model.to(device), Processor(tokenizer, pixels["image_mean"], pixels["image_std"], as_ids(ends),
-                                       as_ids(banned))
+    return model.to(device), Processor(tokenizer, pixels, as_ids(ends), as_ids(banned))
 
 
 def build_prompt(model, processor, sample, item, inversion_format):
     """A decoded clip and its sample -> grpo.Prompt on the model's device."""
-    patches, grid = data.patchify(item.clip.frames.to(model.device), processor.mean, processor.std)
+    frames = item.clip.frames.to(model.device)
+    patches, grid = data.patchify(frames, processor.pixels["image_mean"], processor.pixels["image_std"])
     frame, _ = rewards.mask_verbs(sample.query) if item.task == "vc" else ("", ())
     text = data.prompt_text(item.task, sample.query, frame, inversion_format)
     ids = data.encode_prompt(processor.tokenizer, text, len(patches) // data.MERGE**2)
@@ -211,14 +224,16 @@ def completion_texts(processor, rollout):
     return processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def load_samples(settings, path=None, videos=None):
+def load_samples(settings, path=None, videos=None, name="--annotations"):
     """Read an annotation file and see to it that its videos are there -> list of Sample."""
     path, videos = path or settings.annotations, videos or settings.videos
     try:
         samples = data.load_annotations(path, videos, settings.single_window)
     except OSError as error:
-        raise UserError(f"--annotations {path}: cannot be read ({error.strerror}); the README says where Charades-STA "
-                        "comes from, and `bash train.sh demo` runs without any data.") from error
+        raise UserError(
+            f"{name} {path}: cannot be read ({error.strerror}); Charades-STA is charades_sta_train.txt and "
+            "charades_sta_test.txt from github.com/jiyanggao/TALL in data/ and the videos of Charades_v1_480.zip from "
+            "prior.allenai.org/projects/charades in data/videos/, and `bash train.sh demo` runs without any.") from error
     except ValueError as error:
         raise UserError(str(error)) from error
     report_missing(samples, settings)
@@ -226,13 +241,13 @@ def load_samples(settings, path=None, videos=None):
 
 
 def report_missing(samples, settings):
+    """List the videos that are not there; raise UserError unless --allow-missing-videos."""
     missing = data.missing_videos(samples)
     if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        text = f"{len(missing)} of {len({s.video for s in samples})} videos are missing: {shown}"
+        say("missing: " + "\nmissing: ".join(missing))
         if not settings.allow_missing_videos:
-            raise UserError(f"{text}; see --videos, or go on without them with --allow-missing-videos.")
-        say(text)
+            raise UserError(f"{len(missing)} of {len({s.video for s in samples})} videos are missing (listed above); see "
+                            "--videos, or go on without them with --allow-missing-videos.")
 
 
 # ------------------------------------------------------------------------------------------------ metrics
@@ -394,8 +409,9 @@ def evenly_spaced(n, limit):
 
 
 def format_metrics(metrics):
-    """Metrics -> one line for the screen."""
-    return "  ".join(f"{name} {value:.1f}" for name, value in metrics.items() if isinstance(value, float))
+    """Metrics -> a table of two lines for the screen."""
+    shown = [(name, f"{value:.1f}") for name, value in metrics.items() if isinstance(value, float)]
+    return "\n".join("  ".join(f"{cell:>{max(map(len, pair))}}" for pair in shown for cell in [pair[i]]) for i in (0, 1))
 
 
 def print_comparison(settings, other):
@@ -410,6 +426,7 @@ def same_run(settings, output):
     record, now = Path(output) / "settings.json", dataclasses.asdict(settings)
     for name in ("against", "workers", "output", "allow_missing_videos", "micro_batch"):
         now.pop(name)
+    now["model"] = str(newest_checkpoint(settings.model) or settings.model)  # a run's folder moves on
     now = json.loads(json.dumps(now))  # tuples become lists
     if record.exists() and (before := json.loads(record.read_text())) != now:
         changed = ", ".join(option(k) for k in now if before.get(k) != now[k])
@@ -426,17 +443,27 @@ def run(program, settings):
     device = setup_distributed()
     try:
         program(settings, device)
-    except (UserError, data.VideoError, ImportError) as error:
+    except KeyboardInterrupt:
+        status = 130
+    except (UserError, data.VideoError, ImportError, OSError) as error:
         # What every rank finds is said once; an unreadable video is found by the rank whose slot it was.
         if dist.get_rank() == 0 or isinstance(error, data.VideoError):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
-        if dist.get_world_size() > 1:
-            os._exit(1)  # the others may wait for this rank for ever: torchrun ends them
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
+        else:
+            time.sleep(5)  # torchrun ends all ranks with the first: let rank 0 speak
+        status = 1
+    except BaseException:
+        if dist.get_world_size() == 1:
+            raise
+        traceback.print_exc()
+        status = 1
+    else:
         dist.destroy_process_group()
+        return
+    if dist.get_world_size() > 1:
+        os._exit(status)  # leaving the group in good order would wait for ranks that wait for this one
+    dist.destroy_process_group()
+    sys.exit(status)
 
 
 def main(settings, device):
@@ -445,7 +472,7 @@ def main(settings, device):
     rows = evenly_spaced(len(samples), settings.limit)
     metrics = evaluate(lambda: load_model(settings.model, device), samples, rows, settings.tasks, settings,
                        settings.output)
-    say(f"{settings.output}: {format_metrics(metrics)}")
+    say(f"{settings.output}\n{format_metrics(metrics)}")
     for name in ("rows", "without a span", "reversed spans", "unreadable"):
         if metrics[name]:
             say(f"  {name}: {metrics[name]}")

@@ -17,6 +17,7 @@ import json
 import math
 import shutil
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -59,7 +60,9 @@ class Config(evaluate.Settings):
     loss_reduction: str = flag("completion", "mean over each completion's tokens, then completions, or over all tokens "
                                "(released code)", choices=("completion", "token"))
     # the optimiser
-    lr: float = flag(1e-6, "learning rate, decaying linearly to 0; released log (the paper prints 5e-5)")
+    lr: float = flag(1e-6, "learning rate; released log (the paper prints 5e-5)")
+    lr_schedule: str = flag("linear", "decay to 0 over the run (released code), or none",
+                            choices=("linear", "constant"))
     betas: tuple = flag((0.9, 0.999), "AdamW's; Section 3.1")
     adam_eps: float = flag(1e-8, "AdamW's; Section 3.1")
     weight_decay: float = flag(0.0, "AdamW's; Section 3.1")
@@ -86,15 +89,20 @@ class Config(evaluate.Settings):
                      "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{option(name)} is {getattr(self, name)}; it must be above 0.")
-        for name in ("kl_coef", "clip_epsilon", "vd_verb_cap", "iterations", "eval_every", "eval_limit", "weight_decay"):
+        for name in ("kl_coef", "clip_epsilon", "vd_verb_cap", "iterations", "eval_every", "eval_limit", "weight_decay",
+                     "adam_eps", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{option(name)} is {getattr(self, name)}; it cannot be negative.")
         if not 0 <= self.p <= 1:
             raise UserError(f"--p is {self.p}; a probability lies between 0 and 1.")
         if self.group_size < 2 and not self.demonstrations:
             raise UserError("--group-size 1 leaves nothing to compare; use 2 or more.")
-        if self.demonstrations and self.annotations != type(self).annotations:
-            raise UserError("--demonstrations and --annotations both name rows to train on; give one of them.")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise UserError(f"--betas is {' '.join(map(str, self.betas))}; give two numbers from 0 to below 1.")
+        for name in ("annotations", "p", "inversion_tasks", "inversion_reward", "vd_verb_cap", "group_size",
+                     "temperature", "kl_coef"):
+            if self.demonstrations and getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"{option(name)} has no meaning with --demonstrations; leave one of them out.")
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -111,8 +119,7 @@ def save_checkpoint(config, iteration, model, processor, optimizer):
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         processor.tokenizer.save_pretrained(partial)
-        pixels = {"image_mean": processor.mean, "image_std": processor.std}
-        (partial / "preprocessor_config.json").write_text(json.dumps(pixels))
+        (partial / "preprocessor_config.json").write_text(json.dumps(processor.pixels, indent=2))
         (partial / "run.json").write_text(json.dumps({"iteration": iteration, "config": dataclasses.asdict(config)}))
     dist.barrier()
     names = {p: name for name, p in model.named_parameters()}
@@ -150,8 +157,9 @@ def open_output(config):
         output.mkdir(parents=True, exist_ok=True)
         start = int(newest.name.split("-")[1]) if newest else 0
         log = output / "metrics.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if newest and log.exists() else []
-        log.write_text("".join(line for line in lines if json.loads(line)["iteration"] < start))
+        lines = log.read_text().splitlines() if newest and log.exists() else []
+        lines = [line for line in lines if line.endswith("}")]  # a crash may have cut the last one off
+        log.write_text("".join(line + "\n" for line in lines if json.loads(line)["iteration"] < start))
         (output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     if newest:
         before = json.loads((newest / "run.json").read_text())["config"]
@@ -268,34 +276,36 @@ def update(run, batches, lr):
         if norm.isfinite():  # the same on all ranks; else the step is left out and counted
             run.optimizer.param_groups[0]["lr"] = lr
             run.optimizer.step()
-        run.optimizer.zero_grad()
-    return mean_by_name(metrics)
+        run.optimizer.zero_grad(set_to_none=False)  # None would take the gradients out of DDP's buckets: a copy more
+    return combine(metrics)
 
 
-def mean_by_name(rows):
-    """Dictionaries with different keys -> the mean of each key over the rows that have it."""
+def combine(rows):
+    """Dictionaries of metrics with different keys -> one: the mean over those that have a key, for `_max` the most."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+    return {name: float((np.max if name.endswith("_max") else np.mean)([row[name] for row in rows if name in row]))
+            for name in names}
 
 
 def load_data(config):
     """-> (samples, demonstrated completions or None, their tasks or None), ready for training."""
-    if not config.demonstrations:
-        samples, clamped, dropped = data.prepare_training(evaluate.load_samples(config))
+    if config.demonstrations:
+        try:
+            rows = data.load_demonstrations(config.demonstrations, config.videos)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--demonstrations {config.demonstrations}: {error}") from error
+        evaluate.report_missing([d.sample for d in rows], config)
+        rows = [d for d in rows if Path(d.sample.video).is_file()]
+        samples, completions, tasks = [d.sample for d in rows], [d.completion for d in rows], [d.task for d in rows]
+    else:
+        samples = [s for s in evaluate.load_samples(config) if Path(s.video).is_file()]
+        samples, clamped, dropped = data.prepare_training(samples)
+        completions = tasks = None
         say(f"{config.annotations}: {len(samples)} samples; {clamped} ends clamped to the video's, {dropped} rows "
             "dropped for start >= end")
-        if not samples:
-            raise UserError(f"{config.annotations}: no row is left to train on.")
-        return [s for s in samples if Path(s.video).is_file()], None, None
-    try:
-        rows = data.load_demonstrations(config.demonstrations, config.videos)
-    except OSError as error:
-        raise UserError(f"--demonstrations {config.demonstrations}: cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    evaluate.report_missing([d.sample for d in rows], config)
-    rows = [d for d in rows if Path(d.sample.video).is_file()]
-    return [d.sample for d in rows], [d.completion for d in rows], [d.task for d in rows]
+    if not samples:
+        raise UserError(f"{config.demonstrations or config.annotations}: no row is left to train on.")
+    return samples, completions, tasks
 
 
 def make_run(config, device, samples, completions, resume_from):
@@ -324,7 +334,9 @@ def train(config, device):
     """Algorithm 1, with checkpoints, evaluation and a log around it."""
     rank, world = dist.get_rank(), dist.get_world_size()
     samples, completions, tasks = load_data(config)
-    held_out = evaluate.load_samples(config, config.eval_annotations, config.eval_videos) if config.eval_every else []
+    held_out = []
+    if config.eval_every:
+        held_out = evaluate.load_samples(config, config.eval_annotations, config.eval_videos, "--eval-annotations")
     resume_from = open_output(config)
     run = make_run(config, device, samples, completions, resume_from)
 
@@ -351,6 +363,8 @@ def train(config, device):
         items = next(loader)  # lines 6-12: the iteration's task, this rank's samples, their clips
         waited = time.perf_counter() - began
         failures = [failure for item in items for failure in item.failures]
+        for failure in dict.fromkeys(failures):
+            tqdm.write(f"redrawn: {failure}", file=sys.stderr)
         if any(item.clip is None for item in items):
             raise data.VideoError(f"{data.MAX_ATTEMPTS} draws for one slot gave no readable video: {' '.join(failures)}")
 
@@ -363,8 +377,8 @@ def train(config, device):
             batches.append(batch)
             metrics.append(values)
         sampled = time.perf_counter() - began - waited
-        lr = config.lr * (1 - iteration / total)
-        metrics = mean_by_name(metrics) | update(run, batches, lr)  # lines 14-16: the policy's step
+        lr = config.lr * (1 - iteration / total if config.lr_schedule == "linear" else 1)
+        metrics = combine(metrics) | update(run, batches, lr)  # lines 14-16: the policy's step
         metrics |= {"lr": lr, "redrawn": len(failures), "wait_seconds": waited, "rollout_seconds": sampled,
                     "seconds": time.perf_counter() - began}
 
@@ -376,7 +390,7 @@ def train(config, device):
         if stopping and done < total:
             say(f"stopped after iteration {done} of {total}; --resume goes on from {config.output}.")
             return
-    if config.eval_every and start < total:
+    if config.eval_every:
         measure(run, held_out, total, log)
     say(f"done: {evaluate.newest_checkpoint(config.output)}")
 
@@ -390,7 +404,7 @@ def measure(run, held_out, iteration, log):
     rows = evaluate.evenly_spaced(len(held_out), run.config.eval_limit)
     metrics = evaluate.evaluate(lambda: (run.model, run.processor), held_out, rows, evaluate.TASKS, run.config, output)
     log.write(iteration, "eval", {k: v for k, v in metrics.items() if isinstance(v, float)})
-    say(f"iteration {iteration}: {evaluate.format_metrics(metrics)}")
+    say(f"iteration {iteration}\n{evaluate.format_metrics(metrics)}")
 
 
 class StopSignal:
@@ -431,7 +445,7 @@ class Log:
         dist.all_gather_object(gathered, metrics)
         if self.rank:
             return
-        metrics = mean_by_name(gathered)
+        metrics = combine(gathered)
         self.file.write(json.dumps({"iteration": iteration, "task": task} | metrics) + "\n")
         self.file.flush()
         if self.board:

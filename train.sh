@@ -15,8 +15,9 @@ demo() {
         echo "train.sh: $out exists; remove it, or name another seed: bash train.sh demo 1" >&2
         exit 1
     fi
-    export OMP_NUM_THREADS=1  # one core a process; the runs below go two at a time
-    trap 'trap - TERM; kill 0' INT TERM
+    export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=  # one core a process; the runs below go two at a time
+    trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+    finished() { wait "$1" || { tail -n 5 "$2" >&2; exit 1; }; }
     # 56 x 56 videos are read at 28 x 28: one visual token a second.
     local clips=(--videos "$out/videos" --min-frame-pixels 784 --max-frame-pixels 784 --max-new-tokens 24 --workers 1)
     local train=(python invert4tvg.py "${clips[@]}" --seed "$seed" --micro-batch 16 --no-gradient-checkpointing)
@@ -34,14 +35,14 @@ demo() {
     local grpo=("${train[@]}" --model "$out/warm" --annotations "$out/train.txt" --iterations 300 --lr 5e-4 "$@")
     "${grpo[@]}" --p 1 --output "$out/tvg-only" > "$out/tvg-only.log" 2>&1 &
     "${grpo[@]}" --p 0.8 --output "$out/grpo"
-    wait $!
+    finished $! "$out/tvg-only.log"
 
     echo "--- 4/5 as much time of supervised training ($out/supervised.log), and evaluation on held-out videos"
     "${train[@]}" --model "$out/warm" --demonstrations "$out/warmup-2.jsonl" --lr 2e-3 \
         --iterations "$(python demo/table.py "$out" iterations)" --output "$out/supervised" > "$out/supervised.log" 2>&1 &
     local more=$! run
     for run in warm grpo tvg-only supervised; do
-        if [ $run = supervised ]; then wait $more; fi
+        if [ $run = supervised ]; then finished $more "$out/supervised.log"; fi
         python evaluate.py --model "$out/$run" --annotations "$out/test.txt" "${clips[@]}" --micro-batch 32 \
             --output "$out/$run-test"
     done
@@ -54,10 +55,10 @@ charades() {
     local size=$1
     shift
     local gpus=${GPUS:-8} one=()
-    # One 80 GB GPU: no reference model, and the eight prompts of an iteration one after another.
-    if [ "$gpus" = 1 ]; then one=(--kl-coef 0 --accumulation 8); fi
+    if [ "$gpus" = 1 ]; then one=(--kl-coef 0); fi  # no reference model: 3B then fits 80 GB
     local out=runs/charades-$size
-    torchrun --nproc_per_node "$gpus" invert4tvg.py --model "Qwen/Qwen2.5-VL-${size^^}-Instruct" \
+    # Eight prompts an iteration on any number of GPUs. Ctrl-C saves first, which 30 seconds are too short for.
+    torchrun --nproc_per_node "$gpus" --shutdown-timeout 1800 invert4tvg.py --accumulation $((8 / gpus)) --model "Qwen/Qwen2.5-VL-${size^^}-Instruct" \
         --annotations data/charades_sta_train.txt --videos data/videos --output "$out" \
         --eval-every 500 --eval-annotations data/charades_sta_test.txt "${one[@]}" "$@"
     torchrun --nproc_per_node "$gpus" evaluate.py --model "$out" --annotations data/charades_sta_test.txt \

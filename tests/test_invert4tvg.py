@@ -217,6 +217,17 @@ def test_demonstrations_log_and_lower_the_cross_entropy(config, tmp_path):
     assert log[0]["nll"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-4)
 
 
+def test_the_first_step_moves_weights_by_the_learning_rate(config, tmp_path):
+    line = {"video": "AAA", "query": "person runs", "start": 0, "end": 2, "task": "tvg", "completion": "0 to 2"}
+    (tmp_path / "demos.jsonl").write_text(json.dumps(line) + "\n")
+    train(config, demonstrations=str(tmp_path / "demos.jsonl"), accumulation=1, iterations=1, lr=3e-4)
+    before, after = load_file(Path(config.model) / "model.safetensors"), weights_of(config.output)
+    name = next(n for n in before if n.endswith("layers.1.mlp.down_proj.weight"))
+    steps = (after[name] - before[name]).abs()
+    assert steps.median().item() == pytest.approx(3e-4, rel=0.01)  # Adam's first step is lr * sign(gradient)
+    assert steps.max() < 3.1e-4
+
+
 # ------------------------------------------------------------------------------------------------ whole runs
 
 
