@@ -29,16 +29,16 @@ demo() {
     "${train[@]}" --model "$out/model" --demonstrations "$out/warmup-1.jsonl" --train-vision \
         --lr 2e-3 --iterations 600 --output "$out/warm-1"
     "${train[@]}" --model "$out/warm-1" --demonstrations "$out/warmup-2.jsonl" \
-        --lr 2e-3 --iterations 2400 --output "$out/warm"
+        --lr 1e-3 --lr-schedule constant --iterations 1800 --output "$out/warm"
 
     echo "--- 3/5 GRPO, with inversion (shown) and on grounding alone ($out/tvg-only.log)"
-    local grpo=("${train[@]}" --model "$out/warm" --annotations "$out/train.txt" --iterations 300 --lr 5e-4 "$@")
+    local grpo=("${train[@]}" --model "$out/warm" --annotations "$out/train.txt" --iterations 350 --lr 4e-4 "$@")
     "${grpo[@]}" --p 1 --output "$out/tvg-only" > "$out/tvg-only.log" 2>&1 &
     "${grpo[@]}" --p 0.8 --output "$out/grpo"
     finished $! "$out/tvg-only.log"
 
     echo "--- 4/5 as much time of supervised training ($out/supervised.log), and evaluation on held-out videos"
-    "${train[@]}" --model "$out/warm" --demonstrations "$out/warmup-2.jsonl" --lr 2e-3 \
+    "${train[@]}" --model "$out/warm" --demonstrations "$out/warmup-2.jsonl" --lr 1e-3 \
         --iterations "$(python demo/table.py "$out" iterations)" --output "$out/supervised" > "$out/supervised.log" 2>&1 &
     local more=$! run
     for run in warm grpo tvg-only supervised; do

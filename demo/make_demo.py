@@ -176,7 +176,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--videos", type=int, nargs=3, default=(1200, 150, 400), metavar=("TRAIN", "VAL", "TEST"))
+    parser.add_argument("--videos", type=int, nargs=3, default=(1200, 150, 300), metavar=("TRAIN", "VAL", "TEST"))
     args = parser.parse_args()
     splits = dict(zip(("train", "val", "test"), args.videos))
     videos = args.folder / "videos"
