@@ -6,7 +6,7 @@ Greedy decoding, every part of it explicit: nothing is inherited from a checkpoi
 prediction is appended to a jsonl file, so an interrupted evaluation goes on where it stopped; under torchrun each of
 W ranks takes every W-th row. A video that cannot be read scores 0 and is listed; no row is ever dropped.
 
-The settings, the model loading and the process set-up that training shares with evaluation stand here too.
+The settings and the process set-up that training shares with evaluation stand here too.
 """
 
 import argparse
@@ -21,16 +21,12 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-from transformers.image_processing_base import ImageProcessingMixin
 
 import data
 import grpo
@@ -162,47 +158,6 @@ def say(text):
     """Print once, from rank 0."""
     if dist.get_rank() == 0:
         tqdm.write(text, file=sys.stdout)
-
-
-class Processor(NamedTuple):
-    """What stands between text, pixels and a checkpoint's tensors."""
-
-    tokenizer: object
-    pixels: dict  # the checkpoint's preprocessor_config.json: image_mean and image_std of a pixel in [0, 1]
-    eos: torch.Tensor  # ids that end a completion
-    banned: torch.Tensor  # ids never sampled: they would ask for video features
-
-
-def newest_checkpoint(folder):
-    """-> the newest complete checkpoint in a run's output folder, or None."""
-    return max(Path(folder).glob("checkpoint-[0-9]*[0-9]"), default=None)
-
-
-def load_model(name, device):
-    """Load Qwen2.5-VL and what belongs to it -> (model, Processor); bfloat16 on GPUs, float32 on CPUs.
-
-    Raises UserError when there is no such checkpoint.
-    """
-    path = newest_checkpoint(name) or name
-    try:
-        # sdpa by name: "eager" would add a boolean mask as 0 and 1, silently.
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, attn_implementation="sdpa")
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        pixels, _ = ImageProcessingMixin.get_image_processor_dict(path)
-        if not {"image_mean", "image_std"} <= pixels.keys():
-            raise ValueError("its preprocessor_config.json states no image_mean and image_std")
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--model {name}: no Qwen2.5-VL checkpoint could be loaded ({reason}); give a folder that holds "
-                        "one or a hub id that this machine can reach.") from error
-    if model.config.model_type != "qwen2_5_vl":
-        raise UserError(f"--model {name}: is a {model.config.model_type}; only Qwen2.5-VL is supported.")
-    ends = model.generation_config.eos_token_id or []
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    as_ids = lambda ids: torch.tensor(sorted(ids), device=device)  # noqa: E731
-    banned = {model.config.video_token_id, model.config.image_token_id}
-    return model.to(device), Processor(tokenizer, pixels, as_ids(ends), as_ids(banned))
 
 
 def build_prompt(model, processor, sample, item, inversion_format):
@@ -355,7 +310,7 @@ def read_predictions(output):
 def evaluate(load, samples, rows, tasks, settings, output):
     """Predict what `output` does not hold yet, on all ranks together -> metrics (on every rank).
 
-    `load` is called only when a row is missing and returns (model, Processor); `rows` are indices into `samples`.
+    `load` is called only when a row is missing and returns (model, grpo.Processor); `rows` are indices into `samples`.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     output = Path(output)
@@ -426,7 +381,7 @@ def same_run(settings, output):
     record, now = Path(output) / "settings.json", dataclasses.asdict(settings)
     for name in ("against", "workers", "output", "allow_missing_videos", "micro_batch"):
         now.pop(name)
-    now["model"] = str(newest_checkpoint(settings.model) or settings.model)  # a run's folder moves on
+    now["model"] = str(grpo.newest_checkpoint(settings.model) or settings.model)  # a run's folder moves on
     now = json.loads(json.dumps(now))  # tuples become lists
     if record.exists() and (before := json.loads(record.read_text())) != now:
         changed = ", ".join(option(k) for k in now if before.get(k) != now[k])
@@ -470,7 +425,7 @@ def main(settings, device):
     same_run(settings, settings.output)
     samples = load_samples(settings)
     rows = evenly_spaced(len(samples), settings.limit)
-    metrics = evaluate(lambda: load_model(settings.model, device), samples, rows, settings.tasks, settings,
+    metrics = evaluate(lambda: grpo.load_model(settings.model, device), samples, rows, settings.tasks, settings,
                        settings.output)
     say(f"{settings.output}\n{format_metrics(metrics)}")
     for name in ("rows", "without a span", "reversed spans", "unreadable"):

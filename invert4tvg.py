@@ -146,7 +146,7 @@ def load_optimizer(checkpoint, model, optimizer):
 
 def open_output(config):
     """Prepare --output -> the checkpoint to resume from, or None. Raises UserError rather than mixing two runs."""
-    output, newest = Path(config.output), evaluate.newest_checkpoint(config.output)
+    output, newest = Path(config.output), grpo.newest_checkpoint(config.output)
     if newest and not config.resume:
         raise UserError(f"--output {output} already holds {newest.name}; add --resume to go on from it, or name another "
                         "folder.")
@@ -191,7 +191,7 @@ class Run(NamedTuple):
     model: object  # the policy's Qwen2.5-VL
     policy: object  # DistributedDataParallel(grpo.Policy(model))
     reference: object  # grpo.Policy, frozen, or None
-    processor: evaluate.Processor
+    processor: grpo.Processor
     optimizer: object
     samples: list
     completions: list | None  # of the demonstrations
@@ -311,13 +311,13 @@ def load_data(config):
 def make_run(config, device, samples, completions, resume_from):
     """Load the policy, its frozen reference and the optimiser -> Run."""
     torch.manual_seed(config.seed)
-    model, processor = evaluate.load_model(resume_from or config.model, device)
+    model, processor = grpo.load_model(resume_from or config.model, device)
     model.model.visual.requires_grad_(config.train_vision)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     reference = None
     if config.kl_coef and not completions:
-        reference, _ = evaluate.load_model(config.model, device)
+        reference, _ = grpo.load_model(config.model, device)
         reference = grpo.Policy(reference.requires_grad_(False).eval(), processor.banned, config.temperature)
     temperature = 1.0 if completions else config.temperature
     # gradient_as_bucket_view: else DDP's buckets are a second copy of the gradients.
@@ -389,10 +389,10 @@ def train(config, device):
             save_checkpoint(config, done, run.model, run.processor, run.optimizer)
         if stopping and done < total:
             say(f"stopped after iteration {done} of {total}; --resume goes on from {config.output}.")
-            return
+            raise KeyboardInterrupt  # a script that called this must not take it for the end
     if config.eval_every:
         measure(run, held_out, total, log)
-    say(f"done: {evaluate.newest_checkpoint(config.output)}")
+    say(f"done: {grpo.newest_checkpoint(config.output)}")
 
 
 def measure(run, held_out, iteration, log):

@@ -17,6 +17,7 @@ demo() {
     fi
     export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=  # one core a process; the runs below go two at a time
     trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+    trap 'exit 130' INT TERM
     finished() { wait "$1" || { tail -n 5 "$2" >&2; exit 1; }; }
     # 56 x 56 videos are read at 28 x 28: one visual token a second.
     local clips=(--videos "$out/videos" --min-frame-pixels 784 --max-frame-pixels 784 --max-new-tokens 24 --workers 1)

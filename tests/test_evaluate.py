@@ -122,7 +122,7 @@ def test_interrupted_evaluation_goes_on_and_ends_the_same(settings, monkeypatch)
 
 def test_finished_evaluation_loads_no_model(settings, monkeypatch):
     evaluate.run(evaluate.main, settings)
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(evaluate.grpo, "load_model", None)
     evaluate.run(evaluate.main, settings)
 
 

@@ -54,7 +54,7 @@ def babbler(tmp_path_factory, checkpoint):
     line = {"video": "AAA", "query": "person runs", "start": 0, "end": 2, "completion": "<think>a</think><answer>1 to 2</answer>"}
     (folder / "demos.jsonl").write_text("".join(json.dumps(line | {"task": task}) + "\n" for task in data.PROMPTS))
     train(config, demonstrations=str(folder / "demos.jsonl"), micro_batch=4, accumulation=1, iterations=60, lr=1e-2)
-    return evaluate.newest_checkpoint(config.output)
+    return grpo.newest_checkpoint(config.output)
 
 
 @pytest.fixture()
@@ -72,7 +72,7 @@ def log_of(output):
 
 
 def weights_of(output):
-    return load_file(evaluate.newest_checkpoint(output) / "model.safetensors")
+    return load_file(grpo.newest_checkpoint(output) / "model.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------ optimiser
@@ -254,7 +254,7 @@ def test_five_iterations_from_mp4_files_through_the_command_line(lively, tmp_pat
     measured = [row for row in log if row["task"] == "eval"]
     assert [row["iteration"] for row in measured] == [0, 5] and {"mIoU", "R1@0.7", "VC", "AR", "VD"} <= set(measured[0])
 
-    last = evaluate.newest_checkpoint(lively.output)
+    last = grpo.newest_checkpoint(lively.output)
     Qwen2_5_VLForConditionalGeneration.from_pretrained(last)
     before, after = load_file(Path(lively.model) / "model.safetensors"), load_file(last / "model.safetensors")
     assert before.keys() == after.keys()
@@ -268,12 +268,12 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(lively):
     train(lively, save_every=2)
     assert any(row["grad_norm"] > 0 for row in log_of(lively.output))
     whole, log = weights_of(lively.output), log_of(lively.output)
-    state = torch.load(evaluate.newest_checkpoint(lively.output) / "optimizer.0.pt")
-    invert4tvg.shutil.rmtree(evaluate.newest_checkpoint(lively.output))  # as if it had died after iteration 3
+    state = torch.load(grpo.newest_checkpoint(lively.output) / "optimizer.0.pt")
+    invert4tvg.shutil.rmtree(grpo.newest_checkpoint(lively.output))  # as if it had died after iteration 3
     train(lively, save_every=2, resume=True)
     again = weights_of(lively.output)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    for name, values in torch.load(evaluate.newest_checkpoint(lively.output) / "optimizer.0.pt").items():
+    for name, values in torch.load(grpo.newest_checkpoint(lively.output) / "optimizer.0.pt").items():
         assert torch.equal(values["exp_avg_sq"], state[name]["exp_avg_sq"]) and values["step"] == 4
     timeless = lambda rows: [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]  # noqa: E731
     assert timeless(log_of(lively.output)) == timeless(log)
@@ -326,8 +326,8 @@ def test_ctrl_c_saves_and_resume_goes_on(config, tmp_path):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
     out, err = process.communicate()
-    assert process.returncode == 0 and "--resume goes on" in out and "Traceback" not in err
-    done = int(evaluate.newest_checkpoint(config.output).name.split("-")[1])
+    assert process.returncode == 130 and "--resume goes on" in out and "Traceback" not in err
+    done = int(grpo.newest_checkpoint(config.output).name.split("-")[1])
     assert len(log_of(config.output)) == done
     train(config, iterations=done + 1, resume=True)
     assert len(log_of(config.output)) == done + 1
