@@ -110,16 +110,17 @@ def option(name):
 
 def parse_settings(cls, description, argv=None):
     """Build the command line from a dataclass of `flag`s and parse it; a mistake prints one sentence and exits 2."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=description, usage="%(prog)s [options]", allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists every option.\n")
     for f in dataclasses.fields(cls):
-        kind = {"help": f"{f.metadata['help']} [{' '.join(map(str, f.default)) if f.type is tuple else f.default}]",
-                "default": f.default}
+        shown = " ".join(map(str, f.default)) if f.type is tuple else str(f.default)
+        kind = {"help": f.metadata["help"] + (f" [{shown}]" if shown else ""), "default": f.default}
         if f.type is bool:
             kind["action"] = argparse.BooleanOptionalAction
         elif f.type is tuple:
             kind |= {"nargs": "+", "choices": f.metadata["choices"], "type": type(f.default[0])}
+            kind["metavar"] = None if f.metadata["choices"] else type(f.default[0]).__name__.upper()
         else:
             kind |= {"type": f.type, "choices": f.metadata["choices"]}
             kind["metavar"] = None if f.metadata["choices"] else f.type.__name__.upper()

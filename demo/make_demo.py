@@ -141,7 +141,6 @@ def make_tokenizer():
     vocabulary = {word: i for i, word in enumerate([*SPECIALS, *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     escaped = "|".join(word.replace(".", r"\.").replace("[]", r"\[\]") for word in words)
-    escaped = escaped.replace("|the|", rf"|the(?= (?:{'|'.join(COLOURS)}))|")  # a query's, none of the prompts'
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(rf"(?<![\w.])(?:{escaped})(?![\w])(?!\.\d)"), "removed", invert=True)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                         additional_special_tokens=list(SPECIALS))
