@@ -252,7 +252,7 @@ def update(run, batches, lr):
     dist.all_reduce(tokens)
     metrics, old = [], [None] * len(batches)
     run.policy.train()
-    for _ in range(config.mu):
+    for step in range(config.mu):
         for i, batch in enumerate(batches):
             share = 1 / len(batches)
             if config.loss_reduction == "token":  # one mean over all tokens of all ranks, whatever their lengths
@@ -260,14 +260,15 @@ def update(run, batches, lr):
             # Gradients are averaged over ranks once, in the last micro-batch's backward pass.
             with nullcontext() if i == len(batches) - 1 else run.policy.no_sync():
                 logps, entropy = run.policy(batch.prompts, batch.ids, batch.mask, batch.features)
-                first, old[i] = old[i] is None, logps.detach() if old[i] is None else old[i]
+                if step == 0:
+                    old[i] = logps.detach()
                 loss, values = grpo.grpo_loss(logps, old[i], batch.ref_logps, batch.advantages, batch.mask,
                                               config.clip_epsilon, config.kl_coef, config.loss_reduction)
                 (loss * share).backward()
             values |= {"loss": loss.item(), "entropy": entropy[batch.mask].mean().item()}
             if run.completions:
                 values["nll"] = -logps[batch.mask].mean().item()
-            elif first:
+            elif step == 0:
                 gap = (logps.detach() - batch.sampler_logps)[batch.mask].abs()
                 values |= {"sampler_gap_mean": gap.mean().item(), "sampler_gap_max": gap.max().item()}
             metrics.append(values)
