@@ -384,7 +384,8 @@ def same_run(settings, output):
         now.pop(name)
     now["model"] = str(grpo.newest_checkpoint(settings.model) or settings.model)  # a run's folder moves on
     now = json.loads(json.dumps(now))  # tuples become lists
-    if record.exists() and (before := json.loads(record.read_text())) != now:
+    held = any(Path(output).glob("predictions*.jsonl")) and record.exists()
+    if held and (before := json.loads(record.read_text())) != now:
         changed = ", ".join(option(k) for k in now if before.get(k) != now[k])
         raise UserError(f"--output {output} holds predictions made with another {changed}; name another folder.")
     dist.barrier()
@@ -423,8 +424,8 @@ def run(program, settings):
 
 
 def main(settings, device):
-    same_run(settings, settings.output)
     samples = load_samples(settings)
+    same_run(settings, settings.output)
     rows = evenly_spaced(len(samples), settings.limit)
     metrics = evaluate(lambda: grpo.load_model(settings.model, device), samples, rows, settings.tasks, settings,
                        settings.output)

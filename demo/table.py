@@ -1,7 +1,7 @@
 """The demo's table: held-out results of each checkpoint beside the constant guess, and what inversion changes.
 
     python demo/table.py FOLDER             print the table, from FOLDER/<run>-test/ and FOLDER/<run>/metrics.jsonl
-    python demo/table.py FOLDER iterations  print how many supervised iterations take as long as GRPO took
+    python demo/table.py FOLDER iterations  print how many supervised iterations fill the time that GRPO took
 
 FOLDER is what `bash train.sh demo` fills.
 """
@@ -19,7 +19,7 @@ import evaluate  # noqa: E402
 import rewards  # noqa: E402
 
 ROWS = {"warm": "warm start (supervised, short on purpose)", "grpo": "+ GRPO with inversion, p = 0.8",
-        "tvg-only": "+ GRPO, grounding only, p = 1", "supervised": "+ supervised, as long as GRPO"}
+        "tvg-only": "+ GRPO, grounding only, p = 1", "supervised": "+ supervised instead, at least as long"}
 COLUMNS = ("mIoU", "R1@0.3", "R1@0.5", "R1@0.7", "VC", "AR", "VD")
 
 

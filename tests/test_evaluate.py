@@ -133,6 +133,13 @@ def test_predictions_of_other_settings_are_not_mixed_in(settings, capsys):
     assert "another --fps" in capsys.readouterr().err
 
 
+def test_a_failed_start_does_not_claim_the_output_folder(settings):
+    with pytest.raises(SystemExit):
+        evaluate.run(evaluate.main, evaluate.dataclasses.replace(settings, model="no/such-model"))
+    evaluate.run(evaluate.main, settings)
+    assert len(lines(settings)) == 9
+
+
 def test_unreadable_video_scores_zero_and_is_listed(settings, capsys):
     (data.Path(settings.videos) / "BBB.mp4").write_bytes(b"no video")
     evaluate.run(evaluate.main, settings)
