@@ -27,9 +27,16 @@ demo() {
     python demo/make_demo.py "$out" --seed "$seed"
 
     echo "--- 2/5 warm start: supervised, stopped early, four of the ten verbs rare"
-    "${train[@]}" --model "$out/model" --demonstrations "$out/warmup-1.jsonl" --train-vision \
-        --lr 2e-3 --iterations 600 --output "$out/warm-1"
-    "${train[@]}" --model "$out/warm-1" --demonstrations "$out/warmup-2.jsonl" \
+    # Rounds of 600 iterations until the model has begun to recognise actions: the vision tower gets there in the
+    # first round with one seed, in a later one with another, and what follows needs it.
+    local from=$out/model
+    for round in 1 2 3 4; do
+        "${train[@]}" --model "$from" --demonstrations "$out/warmup-1.jsonl" --train-vision \
+            --lr 2e-3 --iterations 600 --output "$out/warm-1.$round"
+        from=$out/warm-1.$round
+        if python demo/table.py "$out" sees "warm-1.$round"; then break; fi
+    done
+    "${train[@]}" --model "$from" --demonstrations "$out/warmup-2.jsonl" \
         --lr 1e-3 --lr-schedule constant --iterations 1800 --output "$out/warm"
 
     echo "--- 3/5 GRPO, with inversion (shown) and on grounding alone ($out/tvg-only.log)"
