@@ -33,7 +33,7 @@ import grpo
 import rewards
 
 THRESHOLDS = (0.3, 0.5, 0.7)
-TASKS = ("tvg", *data.INVERSION_TASKS)
+TASKS = rewards.TASKS
 
 
 class UserError(Exception):
