@@ -20,7 +20,7 @@ import evaluate  # noqa: E402
 import rewards  # noqa: E402
 
 ROWS = {"warm": "warm start (supervised, short on purpose)", "grpo": "+ GRPO with inversion, p = 0.8",
-        "tvg-only": "+ GRPO, grounding only, p = 1", "supervised": "+ supervised instead, at least as long"}
+        "tvg-only": "+ GRPO, grounding only, p = 1", "supervised": "+ supervised instead, about as long"}
 COLUMNS = ("mIoU", "R1@0.3", "R1@0.5", "R1@0.7", "VC", "AR", "VD")
 
 
