@@ -13,15 +13,15 @@ where o_i attends to the prompt and to itself, and its positions continue the pr
 The result equals G separate rows (tests/test_grpo.py) for an eighth of the prompt's work.
 """
 
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, DynamicCache, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.image_processing_base import ImageProcessingMixin
 
 LOGIT_CHUNK = 256  # positions whose (chunk, V) float32 logits exist at one time
@@ -48,9 +48,8 @@ def load_model(name, device):
     """
     path = newest_checkpoint(name) or name
     try:
-        # sdpa by name: "eager" would add a boolean mask as 0 and 1, silently.
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, attn_implementation="sdpa")
+            path, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path)
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(path)
         if not {"image_mean", "image_std"} <= pixels.keys():
@@ -61,6 +60,7 @@ def load_model(name, device):
                         "one or a hub id that this machine can reach.") from error
     if model.config.model_type != "qwen2_5_vl":
         raise OSError(f"--model {name}: is a {model.config.model_type}; only Qwen2.5-VL is supported.")
+    model.set_attn_implementation(ATTENTION)
     ends = model.generation_config.eos_token_id or []
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     as_ids = lambda ids: torch.tensor(sorted(ids), device=device)  # noqa: E731
@@ -99,14 +99,145 @@ def embed_prompt(model, prompt, features):
     return embeddings.masked_scatter(pads, features.to(embeddings.dtype))
 
 
-def decode(model, embeddings, positions, attend, cache=None):
-    """Run the language model -> (rows, L, H). `attend` is a (rows, 1, L, keys) bool mask, or None for plain causal.
+# ------------------------------------------------------------------------------------------------ attention
 
-    The mask goes in as the dictionary the model makes of any other: it is used as it stands.
+
+class Packed(NamedTuple):
+    """What attends to what in one row of T tokens, [prompt_1] ... [prompt_B][o_1] ... [o_N], without any padding.
+
+    Every layer but attention sees the row as it is. Attention takes it apart: a prompt attends to itself, a completion
+    to its prompt and itself. Half of the square that a mask over the row would have is never computed.
     """
-    return model.model.language_model(
-        inputs_embeds=embeddings, position_ids=positions, attention_mask={"full_attention": attend},
-        past_key_values=cache, use_cache=cache is not None).last_hidden_state
+
+    shapes: list  # (B, P), and unless this is a prefill (N, C): rows and columns of the padded parts
+    places: torch.Tensor  # (B * P + N * C,) where in the row each column of the parts stands; at padding anywhere
+    back: torch.Tensor  # (T,) the reverse: each token's column
+    allowed: torch.Tensor | None  # (N, 1, C, P + C) bool: the keys of a completion's query, its prompt's first
+    kept: list  # a prefill collects each layer's (keys, values) of the prompts here, for Decoding
+
+    def attend(self, layer, query, key, value, scaling):
+        """(1, heads, T, D) queries, (1, kv, T, D) keys and values -> (1, T, heads, D)."""
+        (q, *own_q), (k, *own_k), (v, *own_v) = (_take(x, self.places, self.shapes) for x in (query, key, value))
+        # Right padding needs no mask: no real query comes after it.
+        outputs = [nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)]
+        if self.allowed is None:
+            self.kept.append((k, v))
+        else:
+            (N, heads, C, D), (B, kv, _, _) = own_q[0].shape, k.shape
+            # (N, kv, P + C, D): a group's prompt, seen by each of its completions, before the completion's own.
+            k, v = (torch.cat([x.unsqueeze(1).expand(-1, N // B, -1, -1, -1), y.unflatten(0, (B, -1))], 3).flatten(0, 1)
+                    for x, y in ((k, own_k[0]), (v, own_v[0])))
+            # The heads that share keys stand one after the other as queries, so no key is repeated for them.
+            out = nn.functional.scaled_dot_product_attention(
+                own_q[0].reshape(N, kv, -1, D), k, v, attn_mask=self.allowed.repeat(1, 1, heads // kv, 1), scale=scaling)
+            outputs.append(out.view(N, heads, C, D))
+        return torch.cat([o.transpose(1, 2).flatten(0, 1) for o in outputs]).index_select(0, self.back).unsqueeze(0)
+
+
+class Decoding(NamedTuple):
+    """One new token of each of N completions: keys and values of a prompt are stored, and read, once for its group."""
+
+    prompts: list  # a layer's (keys, values), each (B, kv, P, D), padded on the right
+    real: torch.Tensor  # (B, 1, 1, P) bool, False at that padding
+    own: list  # a layer's (keys, values), each (N, kv, room, D), filled up to `place`
+    place: torch.Tensor  # () the new token's place in `own`
+
+    def attend(self, layer, query, key, value, scaling):
+        """(N, heads, 1, D) queries, (N, kv, 1, D) keys and values -> (N, 1, heads, D)."""
+        (prompt_k, prompt_v), (own_k, own_v) = self.prompts[layer], self.own[layer]
+        own_k.index_copy_(2, self.place.view(1), key)
+        own_v.index_copy_(2, self.place.view(1), value)
+        (N, heads, _, D), (B, kv, P, _), room = query.shape, prompt_k.shape, own_k.shape[2]
+        alone = query.reshape(N, kv, -1, D) * scaling  # (N, kv, heads / kv, D)
+        # All queries of a group stand side by side before their prompt.
+        group = alone.view(B, -1, kv, heads // kv, D).transpose(1, 2).reshape(B, kv, -1, D)
+        to_prompt = (group @ prompt_k.transpose(2, 3)).masked_fill(~self.real, -torch.inf)
+        to_prompt = to_prompt.view(B, kv, N // B, -1, P).transpose(1, 2).reshape(N, kv, -1, P)
+        later = torch.arange(room, device=query.device) > self.place
+        to_own = (alone @ own_k.transpose(2, 3)).masked_fill(later, -torch.inf)
+        weights = torch.cat([to_prompt, to_own], -1).float().softmax(-1).to(query.dtype)
+        on_prompt = weights[..., :P].reshape(B, N // B, kv, -1, P).transpose(1, 2).reshape(B, kv, -1, P)
+        out = (on_prompt @ prompt_v).view(B, kv, N // B, -1, D).transpose(1, 2).reshape(N, kv, -1, D)
+        return (out + weights[..., P:] @ own_v).reshape(N, 1, heads, D)
+
+    def select(self, rows, prompts, room):
+        """Keep completions `rows`, as many of each of `prompts`, with buffers for `room` tokens."""
+        def resize(x):
+            return nn.functional.pad(x.index_select(0, rows), (0, 0, 0, room - x.shape[2]))
+        return Decoding([(k[prompts], v[prompts]) for k, v in self.prompts], self.real[prompts],
+                        [(resize(k), resize(v)) for k, v in self.own], self.place)
+
+
+def _take(x, places, shapes):
+    """(1, heads, T, D) -> for each of `shapes` (rows, columns) a tensor (rows, heads, columns, D)."""
+    parts = x[0].transpose(0, 1).index_select(0, places).split([rows * columns for rows, columns in shapes])
+    return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, shapes)]
+
+
+def group_attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    """The language model's attention; in place of a mask it is given a Packed or a Decoding."""
+    return attention_mask.attend(module.layer_idx, query, key, value, scaling), None
+
+
+def window_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **kwargs):
+    """The vision tower's attention within frames or windows, all in one batch: (1, heads, T, D) -> (1, T, heads, D).
+
+    transformers would call sdpa for one window after the other, some 200 of them in each of 28 layers.
+    """
+    starts, lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff()
+    column = torch.arange(max_length_q, device=query.device)
+    inside = column < lengths.unsqueeze(1)  # (windows, S)
+    places = torch.where(inside, starts.unsqueeze(1) + column, 0).flatten()
+    q, k, v = (_take(x, places, [inside.shape])[0] for x in (query, key, value))
+    allowed = None if inside.all() else inside[:, None, None]
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scaling)
+    return out.transpose(1, 2)[inside].unsqueeze(0), None
+
+
+AttentionInterface.register("group", group_attention)
+AttentionInterface.register("window_flash", window_attention)  # only names with "flash" are given the windows at once
+ATTENTION = {"text_config": "group", "vision_config": "window_flash"}  # for set_attn_implementation
+
+
+def pack(prompts, ids=None, mask=None):
+    """Lay B groups out as one row [prompt_1] ... [prompt_B][o_1] ... [o_N] -> (Packed, positions, predictor).
+
+    `ids`, `mask` are (N, C), or None for the prompts alone. `positions` is (3, 1, T); those of every completion
+    continue its prompt's. `predictor` (tokens of all completions,) is the place of the token that predicts each: the
+    one before it, which for the first token of every o_i is its prompt's last.
+    """
+    device = prompts[0].ids.device
+    ends = torch.tensor([len(p.ids) for p in prompts], device=device)
+    column = torch.arange(int(ends.max()), device=device)
+    filled = column < ends.unsqueeze(1)  # (B, P)
+    positions, last = torch.cat([p.positions for p in prompts], 1), ends.cumsum(0) - 1
+    if mask is None:
+        layout = Packed([filled.shape], _places(filled), filled.flatten().nonzero().squeeze(1), None, [])
+        return layout, positions.unsqueeze(1), last
+    G, (N, C) = len(mask) // len(prompts), mask.shape
+    both = torch.cat([filled.flatten(), mask.flatten()])
+    places, k = _places(both), torch.arange(C, device=device)
+    causal = (k <= k.unsqueeze(1)).expand(N, C, C)
+    allowed = torch.cat([filled.repeat_interleave(G, 0).unsqueeze(1).expand(-1, C, -1), causal], 2).unsqueeze(1)
+    more = positions[:, last].repeat_interleave(G, 1).unsqueeze(2) + 1 + k  # (3, N, C)
+    own = places[filled.numel():].view(N, C)
+    predictor = torch.cat([last.repeat_interleave(G).unsqueeze(1), own[:, :-1]], 1)
+    layout = Packed([filled.shape, mask.shape], places, both.nonzero().squeeze(1), allowed, [])
+    return layout, torch.cat([positions, more[:, mask]], 1).unsqueeze(1), predictor[mask]
+
+
+def _places(filled):
+    """bool -> flat: for each True its number among all; for False, some number."""
+    return filled.flatten().cumsum(0) - 1
+
+
+def decode(model, embeddings, positions, layout):
+    """Run the language model over (rows, L, H) embeddings; attention is `layout`'s, a Packed or a Decoding."""
+    return model.model.language_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False,
+                                      attention_mask={"full_attention": layout}).last_hidden_state
+
+
+# ------------------------------------------------------------------------------------------------ rollouts
 
 
 def scaled_logits(model, hidden, temperature, banned):
@@ -118,84 +249,79 @@ def scaled_logits(model, hidden, temperature, banned):
     return logits.index_fill(-1, banned, torch.finfo(torch.float32).min)
 
 
+def choose(model, hidden, noise, temperature, banned):
+    """(N, H) -> tokens (N,) and their log-probabilities (N,).
+
+    With `noise` (N, V) drawn from the exponential distribution of mean 1, the largest p / noise is a draw from p; with
+    ones it is the most likely token.
+    """
+    logits = scaled_logits(model, hidden, temperature, banned)
+    token = (logits - noise.log()).argmax(-1)
+    return token, logits.gather(1, token.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
+
+
+def advance(model, cache, temperature, banned, token, position, noise):
+    """Tokens (N,) at positions (3, N, 1) -> the next tokens and their log-probabilities."""
+    embeddings = model.get_input_embeddings()(token).unsqueeze(1)  # (N, 1, H)
+    return choose(model, decode(model, embeddings, position, cache)[:, 0], noise, temperature, banned)
+
+
 @torch.no_grad()
 def sample_group(model, prompts, G, max_new_tokens, eos, banned, temperature=1.0, generator=None, features=None):
     """Sample G completions of each of B prompts together (the o_1 ... o_G of Eq. 3) -> Rollout.
 
-    Tower and prefill run once per prompt; rows of different length are padded on the left. `temperature` 0 decodes
-    greedily, and its log-probabilities are those of temperature 1. `eos` and `banned` are 1-D id tensors.
+    Tower and prefill run once per prompt. `temperature` 0 decodes greedily, and its log-probabilities are those of
+    temperature 1. `eos` and `banned` are 1-D id tensors. Whenever the completions' buffers are full, they are doubled
+    and ended completions leave the batch.
     """
     was_training = model.training
-    model.eval()  # gradient checkpointing would drop the cache
-    B, device = len(prompts), prompts[0].ids.device
-    lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
-    L = int(lengths.max())
+    model.eval()  # nothing is to be recomputed here
+    B, device, V = len(prompts), prompts[0].ids.device, model.config.text_config.vocab_size
+    N, room = B * G, 32
+    layout, positions, ends = pack(prompts)
     features = features or visual_features(model, prompts)
-    embedded = [embed_prompt(model, p, f) for p, f in zip(prompts, features)]
-    embeddings = torch.stack([nn.functional.pad(e, (0, 0, L - len(e), 0)) for e in embedded])  # (B, L, H)
-    positions = torch.stack([nn.functional.pad(p.positions, (L - len(p.ids), 0)) for p in prompts], dim=1)  # (3, B, L)
-    real = torch.arange(L, device=device) >= L - lengths.unsqueeze(1)  # (B, L)
-    attend = None
-    if not real.all():
-        causal = torch.ones(L, L, dtype=torch.bool, device=device).tril()
-        itself = torch.eye(L, dtype=torch.bool, device=device)  # a padded row must attend to something
-        attend = (causal & real.unsqueeze(1) | itself).unsqueeze(1)  # (B, 1, L, L)
+    row = torch.cat([embed_prompt(model, p, f) for p, f in zip(prompts, features)]).unsqueeze(0)
+    hidden = decode(model, row, positions, layout)[0, ends].repeat_interleave(G, dim=0)  # (N, H)
+    last = positions[:, 0, ends].repeat_interleave(G, dim=1).unsqueeze(2)  # (3, N, 1)
+    real = torch.arange(layout.shapes[0][1], device=device) < ends.diff(prepend=ends.new_tensor([-1])).unsqueeze(1)
 
-    cache = DynamicCache()
-    hidden = decode(model, embeddings, positions, attend, cache)[:, -1].repeat_interleave(G, dim=0)  # (N, H)
-    cache.batch_repeat_interleave(G)
-    last = positions[:, :, -1].repeat_interleave(G, dim=1)  # (3, N)
-    padded = None if attend is None else real.repeat_interleave(G, dim=0)  # (N, L)
-
-    N = B * G
+    own = [tuple(x.new_zeros(N, x.shape[1], room, x.shape[3]) for x in pair) for pair in layout.kept]
+    cache = Decoding(layout.kept, real.view(B, 1, 1, -1), own, torch.zeros((), dtype=torch.long, device=device))
+    ids = torch.zeros(N, max_new_tokens, dtype=torch.long, device=device)
+    logps = torch.zeros(N, max_new_tokens, device=device)
+    mask = torch.zeros(N, max_new_tokens, dtype=torch.bool, device=device)
     ended = torch.zeros(N, dtype=torch.bool, device=device)
-    ids, logps, mask = [], [], []
+    rows = torch.arange(N, device=device)  # which completions are still in the batch
+
+    def noise(n):
+        q = torch.ones(n, V, device=device)
+        return q.exponential_(generator=generator) if temperature else q
+
+    scale, forward = temperature or 1.0, None
+    token, logp = choose(model, hidden, noise(N), scale, banned)
     for step in range(max_new_tokens):
-        logits = scaled_logits(model, hidden, temperature or 1.0, banned)  # (N, V)
-        if temperature:
-            token = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
-        else:
-            token = logits.argmax(-1)
-        logp = logits.gather(1, token.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
-        ids.append(token.masked_fill(ended, 0))
-        logps.append(logp.masked_fill(ended, 0.0))
-        mask.append(~ended)
-        ended = ended | torch.isin(token, eos)
+        live = ~ended[rows]
+        ids[rows, step], logps[rows, step], mask[rows, step] = token * live, logp * live, live
+        ended[rows] |= torch.isin(token, eos)
         if step + 1 == max_new_tokens or ended.all():
             break
-        embeddings = model.get_input_embeddings()(ids[-1]).unsqueeze(1)  # (N, 1, H)
-        attend = None
-        if padded is not None:
-            attend = nn.functional.pad(padded, (0, step + 1), value=True).view(N, 1, 1, -1)
-        hidden = decode(model, embeddings, (last + 1 + step).unsqueeze(-1), attend, cache)[:, -1]
+        if step == room:
+            live = ~ended[rows].view(-1, len(rows) // len(cache.real))  # (prompts in the batch, completions of each)
+            room, prompts_left = min(2 * room, max_new_tokens), live.any(1).nonzero().squeeze(1)
+            order = live.int().argsort(dim=1, descending=True, stable=True)[:, :int(live.sum(1).max())]
+            left = (order + live.shape[1] * torch.arange(len(live), device=device).unsqueeze(1))[prompts_left].flatten()
+            cache, rows, token, forward = cache.select(left, prompts_left, room), rows[left], token[left], None
+        cache.place.fill_(step)
+        inputs = token, last[:, rows] + 1 + step, noise(len(rows))
+        if forward is None:
+            forward = functools.partial(advance, model, cache, scale, banned)
+            if device.type == "cuda":  # some 2,000 small kernels a token otherwise, each launched by Python
+                forward = functools.partial(torch.compile(advance), *forward.args)
+                forward = torch.cuda.make_graphed_callables(forward, inputs)
+        token, logp = forward(*inputs)
     model.train(was_training)
-    return Rollout(torch.stack(ids, 1), torch.stack(logps, 1), torch.stack(mask, 1), ended)
-
-
-def pack(prompts, ids, mask):
-    """Lay B groups out as B rows [prompt][o_1]...[o_G], padded on the right.
-
-    `ids`, `mask` are (N, C). Returns completion ids (B lists of (K_b,)), positions (3, B, L), attend (B, 1, L, L) and
-    for each completion token the flat index, in (B * L), of the position that predicts it: the token before it, which
-    for the first token of every o_i is the prompt's last.
-    """
-    G, device = len(ids) // len(prompts), ids.device
-    tokens, positions, groups, predictors = [], [], [], []
-    for prompt, o, m in zip(prompts, ids.split(G), mask.split(G)):
-        P, lengths = len(prompt.ids), m.sum(1)
-        k = torch.cat([torch.arange(n, device=device) for n in lengths.tolist()])  # place within its completion
-        tokens.append(o[m])
-        positions.append(torch.cat([prompt.positions, prompt.positions[:, -1:] + 1 + k], dim=1).T)
-        group = torch.repeat_interleave(torch.arange(1, G + 1, device=device), lengths)
-        groups.append(torch.cat([group.new_zeros(P), group]))
-        predictors.append(torch.where(k == 0, P - 1, P - 1 + torch.arange(len(k), device=device)))
-    group = pad_sequence(groups, batch_first=True, padding_value=-1)  # (B, L): 0 prompt, i for o_i, -1 padding
-    L = group.shape[1]
-    same = group.unsqueeze(2) == group.unsqueeze(1)
-    prompt_key = (group == 0).unsqueeze(1) & (group >= 0).unsqueeze(2)
-    attend = (same | prompt_key) & torch.ones(L, L, dtype=torch.bool, device=device).tril()
-    predictor = torch.cat([p + b * L for b, p in enumerate(predictors)])
-    return tokens, pad_sequence(positions, batch_first=True).permute(2, 0, 1), attend.unsqueeze(1), predictor
+    steps = step + 1
+    return Rollout(ids[:, :steps], logps[:, :steps], mask[:, :steps], ended)
 
 
 def group_logps(model, prompts, ids, mask, banned, temperature=1.0, features=None):
@@ -206,11 +332,9 @@ def group_logps(model, prompts, ids, mask, banned, temperature=1.0, features=Non
     gradient. `features` given means a frozen tower; else it runs here, with gradients if it is trained.
     """
     features = features or visual_features(model, prompts)
-    tokens, positions, attend, predictor = pack(prompts, ids, mask)
-    embed = model.get_input_embeddings()
-    rows = [torch.cat([embed_prompt(model, p, f), embed(o)]) for p, f, o in zip(prompts, features, tokens)]
-    hidden = decode(model, pad_sequence(rows, batch_first=True), positions, attend)
-    hidden = hidden.flatten(0, 1)[predictor]  # (tokens of all completions, H)
+    layout, positions, predictor = pack(prompts, ids, mask)
+    row = [embed_prompt(model, p, f) for p, f in zip(prompts, features)] + [model.get_input_embeddings()(ids[mask])]
+    hidden = decode(model, torch.cat(row).unsqueeze(0), positions, layout)[0, predictor]  # (tokens of all completions, H)
 
     def chunk(h, target):
         logits = scaled_logits(model, h, temperature, banned)
@@ -219,7 +343,7 @@ def group_logps(model, prompts, ids, mask, banned, temperature=1.0, features=Non
             entropy = normaliser - (logits.softmax(-1) * logits).sum(-1)
         return logits.gather(1, target.unsqueeze(1)).squeeze(1) - normaliser, entropy
 
-    pairs = zip(hidden.split(LOGIT_CHUNK), torch.cat(tokens).split(LOGIT_CHUNK))
+    pairs = zip(hidden.split(LOGIT_CHUNK), ids[mask].split(LOGIT_CHUNK))
     logps, entropy = zip(*(checkpoint(chunk, h, target, use_reentrant=False) for h, target in pairs))
     blank = torch.zeros(mask.shape, device=hidden.device)
     return blank.masked_scatter(mask, torch.cat(logps)), blank.masked_scatter(mask, torch.cat(entropy))

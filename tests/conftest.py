@@ -17,6 +17,8 @@ import torch  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
 
+import grpo  # noqa: E402
+
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
             "<|image_pad|>", "<|video_pad|>"]
 CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -50,7 +52,9 @@ def tiny_model(tokenizer, vocab_size=None, seed=0, **text):
         vision_config=dict(depth=2, hidden_size=16, num_heads=2, intermediate_size=32, out_hidden_size=text["hidden_size"],
                            fullatt_block_indexes=[1], tokens_per_second=2, initializer_range=0.1))
     torch.manual_seed(seed)
-    return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config)
+    model.set_attn_implementation(grpo.ATTENTION)
+    return model
 
 
 @pytest.fixture(scope="session")

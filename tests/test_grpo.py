@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,11 +47,13 @@ def sample(tokenizer, model, prompts, banned, **kwargs):
 
 
 def repeated_logps(model, prompt, completion, banned, temperature=1.0):
-    """The plain computation: the whole model on one prompt with its video and one completion."""
+    """The plain computation: the library's own model on one prompt with its video and one completion."""
+    model.set_attn_implementation("sdpa")
     ids = torch.cat([prompt.ids, completion]).unsqueeze(0)
     more = prompt.positions[:, -1:] + 1 + torch.arange(len(completion))
     logits = model(input_ids=ids, position_ids=torch.cat([prompt.positions, more], 1).unsqueeze(1),
                    pixel_values_videos=prompt.patches, video_grid_thw=prompt.grid).logits[0] / temperature
+    model.set_attn_implementation(grpo.ATTENTION)
     logits[:, banned] = -math.inf
     predicted = logits.log_softmax(-1)[len(prompt.ids) - 1:-1]
     return predicted.gather(1, completion.unsqueeze(1)).squeeze(1)
@@ -94,6 +97,14 @@ def test_logps_while_sampling_equal_those_of_the_packed_pass(tokenizer, model, p
     rollout = sample(tokenizer, model, prompts, banned, temperature=temperature)
     logps, _ = grpo.group_logps(model, prompts, rollout.ids, rollout.mask, banned, temperature)
     assert (logps - rollout.logps).abs().max() < 1e-5
+
+
+def test_the_vision_tower_sees_the_same_windows_as_the_librarys(tokenizer, model):
+    # 10 x 12 patches in windows of 8 x 8: whole ones, and narrow ones at the right and lower edges.
+    prompts = [make_prompt(tokenizer, model, 140, 168, 4, "a"), make_prompt(tokenizer, model, 56, 56, 2, "b", seed=1)]
+    found = torch.cat(grpo.visual_features(model, prompts))
+    model.set_attn_implementation("sdpa")
+    assert (found - torch.cat(grpo.visual_features(model, prompts))).abs().max() < 1e-5
 
 
 def test_gradients_of_the_chunked_vocabulary_do_not_depend_on_the_chunk(tokenizer, model, prompts, banned, monkeypatch):
@@ -166,6 +177,47 @@ def test_sampled_frequencies_follow_the_recorded_probabilities(tokenizer, prompt
     chosen = rollout.ids[:, 0] == rollout.ids[:, 0].mode().values
     p, count = float(rollout.logps[chosen][0].exp()), int(chosen.sum())
     assert abs(count - 4000 * p) < 5 * math.sqrt(4000 * p * (1 - p))
+
+
+def test_completions_that_end_leave_the_batch_and_the_others_go_on_unchanged(tokenizer, model, prompts, banned):
+    # Few ids end a completion: some do before each of the two doublings, at 32 and at 64 tokens.
+    eos = torch.arange(40, 47)
+    arguments = dict(G=6, max_new_tokens=80, eos=eos, banned=banned, generator=torch.Generator().manual_seed(1))
+    sizes, select = [], grpo.Decoding.select
+
+    def recorded(cache, rows, prompts, room):
+        sizes.append((len(rows), room))
+        return select(cache, rows, prompts, room)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo.Decoding, "select", recorded)
+        rollout = grpo.sample_group(model, prompts, **arguments)
+    assert [room for _, room in sizes] == [64, 80] and 12 > sizes[0][0] > sizes[1][0]
+    lengths = rollout.mask.sum(1)
+    assert lengths.min() < 32 < lengths.max()
+    logps, _ = grpo.group_logps(model, prompts, rollout.ids, rollout.mask, banned)
+    assert (logps - rollout.logps).abs().max() < 1e-5
+
+
+def test_a_decoding_step_is_one_graph_whatever_the_lengths(tokenizer, model, prompts, banned):
+    # What CUDA compiles: a graph break or a compilation a prompt would cost more than it saves.
+    count = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(grpo.advance, backend=count, fullgraph=True)
+    model.eval()
+    with torch.no_grad():
+        for b, length in ((1, 20), (2, 30), (2, 41), (2, 53), (2, 64)):
+            layout, positions, ends = grpo.pack(prompts[:b])
+            row = torch.cat([grpo.embed_prompt(model, p, f)
+                             for p, f in zip(prompts, grpo.visual_features(model, prompts[:b]))])
+            grpo.decode(model, row.unsqueeze(0), positions, layout)
+            own = [tuple(x.new_zeros(3 * b, x.shape[1], length, x.shape[3]) for x in pair) for pair in layout.kept]
+            real = torch.ones(b, 1, 1, layout.shapes[0][1], dtype=torch.bool)
+            inputs = torch.arange(3 * b), torch.full((3, 3 * b, 1), 90), torch.ones(3 * b, len(tokenizer))
+            cache = grpo.Decoding(layout.kept, real, own, torch.tensor(0))
+            expected = grpo.advance(model, cache, 1.0, banned, *inputs)
+            found = step(model, cache, 1.0, banned, *inputs)
+            assert torch.equal(found[0], expected[0]) and torch.allclose(found[1], expected[1], atol=1e-5)
+    assert count.frame_count <= 3
 
 
 def test_sampling_restores_the_training_mode(tokenizer, model, prompts, banned):
