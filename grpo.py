@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.image_processing_base import ImageProcessingMixin
 
-LOGIT_CHUNK = 256  # positions whose (chunk, V) float32 logits exist at one time
+LOGITS = 2**25  # float32 logits that exist at one time: 220 positions of the published vocabulary
 
 
 class Processor(NamedTuple):
@@ -138,34 +138,40 @@ class Decoding(NamedTuple):
     """One new token of each of N completions: keys and values of a prompt are stored, and read, once for its group."""
 
     prompts: list  # a layer's (keys, values), each (B, kv, P, D), padded on the right
-    real: torch.Tensor  # (B, 1, 1, P) bool, False at that padding
     own: list  # a layer's (keys, values), each (N, kv, room, D), filled up to `place`
     place: torch.Tensor  # () the new token's place in `own`
+    unseen: torch.Tensor  # (N, 1, 1, P + room) bool, True at padding and after `place`
 
     def attend(self, layer, query, key, value, scaling):
         """(N, heads, 1, D) queries, (N, kv, 1, D) keys and values -> (N, 1, heads, D)."""
         (prompt_k, prompt_v), (own_k, own_v) = self.prompts[layer], self.own[layer]
         own_k.index_copy_(2, self.place.view(1), key)
         own_v.index_copy_(2, self.place.view(1), value)
-        (N, heads, _, D), (B, kv, P, _), room = query.shape, prompt_k.shape, own_k.shape[2]
-        alone = query.reshape(N, kv, -1, D) * scaling  # (N, kv, heads / kv, D)
-        # All queries of a group stand side by side before their prompt.
-        group = alone.view(B, -1, kv, heads // kv, D).transpose(1, 2).reshape(B, kv, -1, D)
-        to_prompt = (group @ prompt_k.transpose(2, 3)).masked_fill(~self.real, -torch.inf)
-        to_prompt = to_prompt.view(B, kv, N // B, -1, P).transpose(1, 2).reshape(N, kv, -1, P)
-        later = torch.arange(room, device=query.device) > self.place
-        to_own = (alone @ own_k.transpose(2, 3)).masked_fill(later, -torch.inf)
-        weights = torch.cat([to_prompt, to_own], -1).float().softmax(-1).to(query.dtype)
-        on_prompt = weights[..., :P].reshape(B, N // B, kv, -1, P).transpose(1, 2).reshape(B, kv, -1, P)
-        out = (on_prompt @ prompt_v).view(B, kv, N // B, -1, D).transpose(1, 2).reshape(N, kv, -1, D)
-        return (out + weights[..., P:] @ own_v).reshape(N, 1, heads, D)
+        (N, heads, _, D), (B, kv, P, _) = query.shape, prompt_k.shape
+
+        def together(x):  # (N, kv, heads / kv, -) -> (B, kv, N / B * heads / kv, -): a group side by side
+            return x.unflatten(0, (B, -1)).transpose(1, 2).reshape(B, kv, -1, x.shape[-1])
+
+        def apart(x):
+            return x.view(B, kv, N // B, -1, x.shape[-1]).transpose(1, 2).reshape(N, kv, -1, x.shape[-1])
+
+        query = query.reshape(N, kv, -1, D) * scaling  # (N, kv, heads / kv, D)
+        scores = torch.cat([apart(together(query) @ prompt_k.mT), query @ own_k.mT], -1)
+        weights = scores.masked_fill_(self.unseen, -torch.inf).float().softmax(-1).to(query.dtype)
+        out = apart(together(weights[..., :P]) @ prompt_v) + weights[..., P:] @ own_v
+        return out.reshape(N, 1, heads, D)
+
+    def at(self, step):
+        """Move on to the completions' token number `step`."""
+        self.place.fill_(step)
+        self.unseen[..., self.prompts[0][0].shape[2] + step] = False
 
     def select(self, rows, prompts, room):
         """Keep completions `rows`, as many of each of `prompts`, with buffers for `room` tokens."""
-        def resize(x):
-            return nn.functional.pad(x.index_select(0, rows), (0, 0, 0, room - x.shape[2]))
-        return Decoding([(k[prompts], v[prompts]) for k, v in self.prompts], self.real[prompts],
-                        [(resize(k), resize(v)) for k, v in self.own], self.place)
+        more = room - self.own[0][0].shape[2]
+        own = [tuple(nn.functional.pad(x[rows], (0, 0, 0, more)) for x in pair) for pair in self.own]
+        return Decoding([(k[prompts], v[prompts]) for k, v in self.prompts], own, self.place,
+                        nn.functional.pad(self.unseen[rows], (0, more), value=True))
 
 
 def _take(x, places, shapes):
@@ -277,16 +283,16 @@ def sample_group(model, prompts, G, max_new_tokens, eos, banned, temperature=1.0
     was_training = model.training
     model.eval()  # nothing is to be recomputed here
     B, device, V = len(prompts), prompts[0].ids.device, model.config.text_config.vocab_size
-    N, room = B * G, 32
+    N, room = B * G, 16
     layout, positions, ends = pack(prompts)
     features = features or visual_features(model, prompts)
     row = torch.cat([embed_prompt(model, p, f) for p, f in zip(prompts, features)]).unsqueeze(0)
     hidden = decode(model, row, positions, layout)[0, ends].repeat_interleave(G, dim=0)  # (N, H)
     last = positions[:, 0, ends].repeat_interleave(G, dim=1).unsqueeze(2)  # (3, N, 1)
-    real = torch.arange(layout.shapes[0][1], device=device) < ends.diff(prepend=ends.new_tensor([-1])).unsqueeze(1)
-
+    lengths, P = torch.tensor([len(p.ids) for p in prompts], device=device), layout.shapes[0][1]
+    unseen = torch.arange(P + room, device=device) >= lengths.repeat_interleave(G).unsqueeze(1)
     own = [tuple(x.new_zeros(N, x.shape[1], room, x.shape[3]) for x in pair) for pair in layout.kept]
-    cache = Decoding(layout.kept, real.view(B, 1, 1, -1), own, torch.zeros((), dtype=torch.long, device=device))
+    cache = Decoding(layout.kept, own, torch.zeros_like(ends[0]), unseen.view(N, 1, 1, -1))
     ids = torch.zeros(N, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(N, max_new_tokens, device=device)
     mask = torch.zeros(N, max_new_tokens, dtype=torch.bool, device=device)
@@ -306,12 +312,12 @@ def sample_group(model, prompts, G, max_new_tokens, eos, banned, temperature=1.0
         if step + 1 == max_new_tokens or ended.all():
             break
         if step == room:
-            live = ~ended[rows].view(-1, len(rows) // len(cache.real))  # (prompts in the batch, completions of each)
+            live = ~ended[rows].view(len(cache.prompts[0][0]), -1)  # (prompts in the batch, completions of each)
             room, prompts_left = min(2 * room, max_new_tokens), live.any(1).nonzero().squeeze(1)
             order = live.int().argsort(dim=1, descending=True, stable=True)[:, :int(live.sum(1).max())]
             left = (order + live.shape[1] * torch.arange(len(live), device=device).unsqueeze(1))[prompts_left].flatten()
             cache, rows, token, forward = cache.select(left, prompts_left, room), rows[left], token[left], None
-        cache.place.fill_(step)
+        cache.at(step)
         inputs = token, last[:, rows] + 1 + step, noise(len(rows))
         if forward is None:
             forward = functools.partial(advance, model, cache, scale, banned)
@@ -327,8 +333,8 @@ def sample_group(model, prompts, G, max_new_tokens, eos, banned, temperature=1.0
 def group_logps(model, prompts, ids, mask, banned, temperature=1.0, features=None):
     """Log-probabilities of B groups' completions in one packed pass -> (logps, entropy), both (N, C) float32.
 
-    Only positions that predict a completion token reach the vocabulary, LOGIT_CHUNK at a time and recomputed in the
-    backward pass, so no (tokens x V) tensor of the group ever exists. Values at padding are 0; entropy carries no
+    Only positions that predict a completion token reach the vocabulary, some at a time and recomputed in the backward
+    pass, so no (tokens x V) tensor of the group ever exists. Values at padding are 0; entropy carries no
     gradient. `features` given means a frozen tower; else it runs here, with gradients if it is trained.
     """
     features = features or visual_features(model, prompts)
@@ -343,7 +349,8 @@ def group_logps(model, prompts, ids, mask, banned, temperature=1.0, features=Non
             entropy = normaliser - (logits.softmax(-1) * logits).sum(-1)
         return logits.gather(1, target.unsqueeze(1)).squeeze(1) - normaliser, entropy
 
-    pairs = zip(hidden.split(LOGIT_CHUNK), ids[mask].split(LOGIT_CHUNK))
+    at_once = max(1, LOGITS // model.config.text_config.vocab_size)
+    pairs = zip(hidden.split(at_once), ids[mask].split(at_once))
     logps, entropy = zip(*(checkpoint(chunk, h, target, use_reentrant=False) for h, target in pairs))
     blank = torch.zeros(mask.shape, device=hidden.device)
     return blank.masked_scatter(mask, torch.cat(logps)), blank.masked_scatter(mask, torch.cat(entropy))

@@ -110,8 +110,8 @@ def test_the_vision_tower_sees_the_same_windows_as_the_librarys(tokenizer, model
 def test_gradients_of_the_chunked_vocabulary_do_not_depend_on_the_chunk(tokenizer, model, prompts, banned, monkeypatch):
     rollout = sample(tokenizer, model, prompts, banned)
     gradients = []
-    for chunk in (1000, 7):
-        monkeypatch.setattr(grpo, "LOGIT_CHUNK", chunk)
+    for positions in (1000, 7):
+        monkeypatch.setattr(grpo, "LOGITS", positions * len(tokenizer))
         model.zero_grad()
         grpo.group_logps(model, prompts, rollout.ids, rollout.mask, banned)[0].sum().backward()
         gradients.append(model.lm_head.weight.grad.clone())
@@ -180,7 +180,7 @@ def test_sampled_frequencies_follow_the_recorded_probabilities(tokenizer, prompt
 
 
 def test_completions_that_end_leave_the_batch_and_the_others_go_on_unchanged(tokenizer, model, prompts, banned):
-    # Few ids end a completion: some do before each of the two doublings, at 32 and at 64 tokens.
+    # Few ids end a completion: some do before each of the doublings, at 16, 32 and 64 tokens.
     eos = torch.arange(40, 47)
     arguments = dict(G=6, max_new_tokens=80, eos=eos, banned=banned, generator=torch.Generator().manual_seed(1))
     sizes, select = [], grpo.Decoding.select
@@ -192,7 +192,7 @@ def test_completions_that_end_leave_the_batch_and_the_others_go_on_unchanged(tok
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo.Decoding, "select", recorded)
         rollout = grpo.sample_group(model, prompts, **arguments)
-    assert [room for _, room in sizes] == [64, 80] and 12 > sizes[0][0] > sizes[1][0]
+    assert [room for _, room in sizes] == [32, 64, 80] and 12 >= sizes[0][0] > sizes[1][0] > sizes[2][0]
     lengths = rollout.mask.sum(1)
     assert lengths.min() < 32 < lengths.max()
     logps, _ = grpo.group_logps(model, prompts, rollout.ids, rollout.mask, banned)
@@ -211,9 +211,9 @@ def test_a_decoding_step_is_one_graph_whatever_the_lengths(tokenizer, model, pro
                              for p, f in zip(prompts, grpo.visual_features(model, prompts[:b]))])
             grpo.decode(model, row.unsqueeze(0), positions, layout)
             own = [tuple(x.new_zeros(3 * b, x.shape[1], length, x.shape[3]) for x in pair) for pair in layout.kept]
-            real = torch.ones(b, 1, 1, layout.shapes[0][1], dtype=torch.bool)
+            unseen = torch.zeros(3 * b, 1, 1, layout.shapes[0][1] + length, dtype=torch.bool)
             inputs = torch.arange(3 * b), torch.full((3, 3 * b, 1), 90), torch.ones(3 * b, len(tokenizer))
-            cache = grpo.Decoding(layout.kept, real, own, torch.tensor(0))
+            cache = grpo.Decoding(layout.kept, own, torch.tensor(0), unseen)
             expected = grpo.advance(model, cache, 1.0, banned, *inputs)
             found = step(model, cache, 1.0, banned, *inputs)
             assert torch.equal(found[0], expected[0]) and torch.allclose(found[1], expected[1], atol=1e-5)
