@@ -121,7 +121,7 @@ class Packed(NamedTuple):
         # Right padding needs no mask: no real query comes after it.
         outputs = [nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)]
         if self.allowed is None:
-            self.kept.append((k, v))
+            self.kept.append((k.contiguous(), v.contiguous()))  # else every decoding step would copy them
         else:
             (N, heads, C, D), (B, kv, _, _) = own_q[0].shape, k.shape
             # (N, kv, P + C, D): a group's prompt, seen by each of its completions, before the completion's own.
