@@ -72,7 +72,7 @@ class Settings:
     vd_match: str = flag("all", "a VD answer must name all or any of the query's verbs (Eq. 7 leaves it open)",
                          choices=("all", "any"))
     workers: int = flag(4, "processes that decode videos ahead of the loop, on each rank")
-    micro_batch: int = flag(1, "prompts decoded and packed together on a rank")
+    micro_batch: int = flag(1, "prompts in one pass on a rank: packed (training), decoded (evaluation)")
 
     def clip_limits(self):
         return {k: getattr(self, k) for k in ("fps", "max_pixels", "min_frame_pixels", "max_frame_pixels")}

@@ -176,9 +176,9 @@ class Batch(NamedTuple):
     """A micro-batch of B groups, ready for the update; N = B * G rows."""
 
     prompts: list
-    features: list | None  # None where the policy runs its own, trained tower
     ids: torch.Tensor  # (N, C)
     mask: torch.Tensor  # (N, C)
+    features: list | None  # None where the policy runs its own, trained tower
     advantages: torch.Tensor  # (N,)
     sampler_logps: torch.Tensor | None  # (N, C), only to measure their gap to the training pass
     ref_logps: torch.Tensor | None  # (N, C)
@@ -198,8 +198,11 @@ class Run(NamedTuple):
 
 
 def rollout(run, items, generator):
-    """Lines 12 and 13 of Algorithm 1 for a micro-batch: completions, rewards, advantages -> (Batch, metrics)."""
-    config, processor = run.config, run.processor
+    """Lines 12 and 13 of Algorithm 1 for this rank's prompts: completions, rewards, advantages -> (Batches, metrics).
+
+    All prompts are sampled together: a decoding step costs about the same for one as for eight.
+    """
+    config, processor, G = run.config, run.processor, 1 if run.completions else run.config.group_size
     prompts = [evaluate.build_prompt(run.model, processor, run.samples[item.index], item, config.inversion_format)
                for item in items]
     features = None  # a trained tower runs inside the policy's pass instead
@@ -208,37 +211,43 @@ def rollout(run, items, generator):
             features = grpo.visual_features(run.model, prompts)
     if run.completions:
         texts = [run.completions[item.index] for item in items]
-        ends = processor.tokenizer.eos_token_id
-        ids = [torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [ends],
-                            device=run.model.device) for text in texts]
-        mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in ids], batch_first=True)
-        batch = Batch(prompts, features, pad_sequence(ids, batch_first=True), mask,
-                      torch.ones(len(ids), device=run.model.device), None, None)
-        return batch, {"length": mask.sum(1).float().mean().item()}
+        end = processor.tokenizer.eos_token_id
+        rows = [torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [end],
+                             device=run.model.device) for text in texts]
+        ids, logps = pad_sequence(rows, batch_first=True), None
+        mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+        advantages, metrics = torch.ones(len(rows), device=run.model.device), {}
+    else:
+        ids, logps, mask, ended = sampled = grpo.sample_group(
+            run.model, prompts, G, config.max_new_tokens, processor.eos, processor.banned, config.temperature, generator,
+            features)
+        texts = evaluate.completion_texts(processor, sampled)
+        scores = [rewards.score(items[n // G].task, text, run.samples[items[n // G].index], config.inversion_format,
+                                config.inversion_reward, config.vd_match, config.vd_verb_cap or None)
+                  for n, text in enumerate(texts)]  # Eq. 10 and 11
+        parts = {part: np.reshape([s[part] for s in scores], (-1, G)) for part in scores[0]}  # (prompts, G)
+        total = torch.tensor(parts["total"], dtype=torch.float32, device=run.model.device)
+        advantages = grpo.group_advantages(total).flatten()
+        task = items[0].task  # the same for all ranks and slots of an iteration
+        metrics = {f"{task}/{part}": float(values.mean()) for part, values in parts.items()}
+        metrics |= {f"{task}/{part}_std": float(values.std(1, ddof=1).mean()) for part, values in parts.items()}
+        metrics |= {"zero_spread": float((np.ptp(parts["total"], axis=1) == 0).mean()),
+                    "cut_off": (~ended).float().mean().item()}
+        if config.train_vision:
+            features = None
+    metrics["length"] = mask.sum(1).float().mean().item()
 
-    G = config.group_size
-    sampled = grpo.sample_group(run.model, prompts, G, config.max_new_tokens, processor.eos, processor.banned,
-                                config.temperature, generator, features)
-    texts = evaluate.completion_texts(processor, sampled)
-    scores = [rewards.score(items[n // G].task, text, run.samples[items[n // G].index], config.inversion_format,
-                            config.inversion_reward, config.vd_match, config.vd_verb_cap or None)
-              for n, text in enumerate(texts)]  # Eq. 10 and 11
-    total = torch.tensor([s["total"] for s in scores], device=run.model.device).view(-1, G)  # (B, G)
-    advantages = grpo.group_advantages(total)
-    if config.train_vision:
-        features = None
-    ref_logps = None
-    if run.reference:
-        with torch.no_grad():
-            ref_logps, _ = run.reference(prompts, sampled.ids, sampled.mask, features)
-    task = items[0].task  # the same for all ranks and slots of an iteration
-    parts = {part: np.reshape([s[part] for s in scores], (-1, G)) for part in scores[0]}
-    metrics = {f"{task}/{part}": float(values.mean()) for part, values in parts.items()}
-    metrics |= {f"{task}/{part}_std": float(values.std(1, ddof=1).mean()) for part, values in parts.items()}
-    metrics |= {"zero_spread": float((np.ptp(parts["total"], axis=1) == 0).mean()),
-                "length": sampled.mask.sum(1).float().mean().item(),
-                "cut_off": (~sampled.ended).float().mean().item()}
-    return Batch(prompts, features, sampled.ids, sampled.mask, advantages.flatten(), sampled.logps, ref_logps), metrics
+    batches = []
+    for first in range(0, len(items), config.micro_batch):
+        some = slice(first, first + config.micro_batch)
+        own = slice(some.start * G, some.stop * G), slice(int(mask[some.start * G:some.stop * G].sum(1).max()))
+        inputs = prompts[some], ids[own], mask[own], features and features[some]
+        ref_logps = None
+        if run.reference:
+            with torch.no_grad():
+                ref_logps, _ = run.reference(*inputs)
+        batches.append(Batch(*inputs, advantages[own[0]], None if logps is None else logps[own], ref_logps))
+    return batches, metrics
 
 
 def update(run, batches, lr):
@@ -369,17 +378,12 @@ def train(config, device):
         if any(item.clip is None for item in items):
             raise data.VideoError(f"{data.MAX_ATTEMPTS} draws for one slot gave no readable video: {' '.join(failures)}")
 
-        batches, metrics = [], []
-        for i in range(config.accumulation):
-            seed = np.random.SeedSequence([config.seed, 3, iteration, rank, i]).generate_state(1, np.uint64)[0]
-            generator = torch.Generator(device).manual_seed(int(seed))
-            micro = items[i * config.micro_batch:(i + 1) * config.micro_batch]
-            batch, values = rollout(run, micro, generator)  # lines 12-13: completions and their rewards
-            batches.append(batch)
-            metrics.append(values)
+        seed = np.random.SeedSequence([config.seed, 3, iteration, rank]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator(device).manual_seed(int(seed))
+        batches, metrics = rollout(run, items, generator)  # lines 12-13: completions and their rewards
         sampled = time.perf_counter() - began - waited
         lr = config.lr * (1 - iteration / total if config.lr_schedule == "linear" else 1)
-        metrics = combine(metrics) | update(run, batches, lr)  # lines 14-16: the policy's step
+        metrics |= update(run, batches, lr)  # lines 14-16: the policy's step
         metrics |= {"lr": lr, "redrawn": len(failures), "wait_seconds": waited, "rollout_seconds": sampled,
                     "seconds": time.perf_counter() - began}
 
