@@ -322,7 +322,7 @@ def sample_group(model, prompts, G, max_new_tokens, eos, banned, temperature=1.0
         if forward is None:
             forward = functools.partial(advance, model, cache, scale, banned)
             if device.type == "cuda":  # some 2,000 small kernels a token otherwise, each launched by Python
-                forward = functools.partial(torch.compile(advance), *forward.args)
+                forward = functools.partial(torch.compile(advance, dynamic=True), *forward.args)
                 forward = torch.cuda.make_graphed_callables(forward, inputs)
         token, logp = forward(*inputs)
     model.train(was_training)

@@ -202,7 +202,7 @@ def test_completions_that_end_leave_the_batch_and_the_others_go_on_unchanged(tok
 def test_a_decoding_step_is_one_graph_whatever_the_lengths(tokenizer, model, prompts, banned):
     # What CUDA compiles: a graph break or a compilation a prompt would cost more than it saves.
     count = torch._dynamo.testing.CompileCounter()
-    step = torch.compile(grpo.advance, backend=count, fullgraph=True)
+    step = torch.compile(grpo.advance, backend=count, fullgraph=True, dynamic=True)
     model.eval()
     with torch.no_grad():
         for b, length in ((1, 20), (2, 30), (2, 41), (2, 53), (2, 64)):
@@ -217,7 +217,7 @@ def test_a_decoding_step_is_one_graph_whatever_the_lengths(tokenizer, model, pro
             expected = grpo.advance(model, cache, 1.0, banned, *inputs)
             found = step(model, cache, 1.0, banned, *inputs)
             assert torch.equal(found[0], expected[0]) and torch.allclose(found[1], expected[1], atol=1e-5)
-    assert count.frame_count <= 3
+    assert count.frame_count == 2  # one prompt, several prompts
 
 
 def test_sampling_restores_the_training_mode(tokenizer, model, prompts, banned):
