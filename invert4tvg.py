@@ -330,8 +330,9 @@ def make_run(config, device, samples, completions, resume_from):
         reference, _ = grpo.load_model(config.model, device)
         reference = grpo.Policy(reference.requires_grad_(False).eval(), processor.banned, config.temperature)
     temperature = 1.0 if completions else config.temperature
-    # gradient_as_bucket_view: else DDP's buckets are a second copy of the gradients.
-    policy = DistributedDataParallel(grpo.Policy(model, processor.banned, temperature), gradient_as_bucket_view=True)
+    # Else DDP's buckets are a second copy of the gradients, always or while the second iteration moves them.
+    policy = DistributedDataParallel(grpo.Policy(model, processor.banned, temperature), gradient_as_bucket_view=True,
+                                     bucket_cap_mb_list=[25], broadcast_buffers=False)
     optimizer = ZeroRedundancyOptimizer(
         [p for p in model.parameters() if p.requires_grad], optimizer_class=grpo.MasterAdamW, lr=config.lr,
         betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay)

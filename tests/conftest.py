@@ -53,7 +53,7 @@ def tiny_model(tokenizer, vocab_size=None, seed=0, **text):
                            fullatt_block_indexes=[1], tokens_per_second=2, initializer_range=0.1))
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration._from_config(config)
-    model.set_attn_implementation(grpo.ATTENTION)
+    grpo.speed_up(model)
     return model
 
 

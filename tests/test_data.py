@@ -226,7 +226,10 @@ TEN_HZ = [k / 10 for k in range(40)]  # 4 seconds
 
 def make_video(path, times=TEN_HZ, size=(56, 56), codec="libx264", pixels="yuv420p", unit=1000, picture=None,
                audio_from=None, container=None, container_options=None, **options):
-    """A video with frames at `times` in seconds, counted in 1 / `unit` s; `audio_from` adds four seconds of silence."""
+    """A video with frames at `times` in seconds, counted in 1 / `unit` s; `audio_from` adds four seconds of silence.
+
+    `picture` (H, W, 3) is all its frames, or (N, H, W, 3) each of them.
+    """
     options = {"g": "12", "bf": "0"} | ({"crf": "4", "preset": "ultrafast"} if codec == "libx264" else {}) | options
     with av.open(str(path), "w", format=container, options=container_options or {}) as file:
         stream = file.add_stream(codec, rate=unit if unit < 100 else 30, options=options)
@@ -240,7 +243,8 @@ def make_video(path, times=TEN_HZ, size=(56, 56), codec="libx264", pixels="yuv42
                 file.mux(audio.encode(silence))
             file.mux(audio.encode())
         for i, t in enumerate(times):
-            image = np.full((*size, 3), 8 + 6 * i % 246, np.uint8) if picture is None else picture
+            image = np.full((*size, 3), 8 + 6 * i % 246, np.uint8) if picture is None else (
+                picture if picture.ndim == 3 else picture[i])
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = round(t * unit), Fraction(1, unit)
             file.mux(stream.encode(frame))
@@ -295,6 +299,74 @@ def test_every_container_gives_the_same_frames_whole_and_cut(name, tmp_path):
     part = read_video(path, start=1.3, end=2.7)  # three targets, and `end` to make them even; key frames at 1.2 and 2.4
     assert shown(part) == [13, 18, 23, 27] and part.fps == 2.0
     assert part.times.tolist() == pytest.approx([1.3, 1.8, 2.3, 2.7], abs=2e-3)
+
+
+B_FRAMES = {"bf": "5", "preset": "medium"}
+OPEN = B_FRAMES | {"x264-params": "open-gop=1:keyint=12:min-keyint=12"}  # some frames refer across a key frame
+SKIPPED = {
+    "b-frames.mp4": B_FRAMES | {"g": "40"},
+    "one key frame.mkv": B_FRAMES | {"g": "250"},
+    "short groups.mp4": {"bf": "2", "preset": "medium", "g": "4"},
+    "key frames alone.mp4": {"g": "1"},
+    "open groups.mp4": OPEN,
+    "open groups.mkv": OPEN,
+    "mpeg4.avi": {"codec": "mpeg4", "bf": "2", "unit": 10},
+    "vp9.webm": {"codec": "libvpx-vp9", "deadline": "realtime", "cpu-used": "8"},
+}
+
+
+def moving(frames, side):
+    """(frames, side, side, 3): a window that slides over noise, so that frames are predicted and no two are alike."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8).repeat(12, 0).repeat(12, 1)
+    return np.stack([noise[k:k + side, 2 * k:2 * k + side] for k in range(frames)])
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_clips_are_those_of_decoding_every_frame(name, tmp_path):
+    path = make_video(tmp_path / name, [k / 10 for k in range(120)], picture=moving(120, 56), **SKIPPED[name])
+    with av.open(str(path)) as file:
+        stream, zero = file.streams.video[0], (file.start_time or 0) / av.time_base
+        stream.codec_context.thread_count = 1
+        frames = [(f.dts if f.pts is None else f.pts, f.to_ndarray(format="rgb24", interpolation="BICUBIC"))
+                  for f in file.decode(stream)]
+        truth = {stamp * float(stream.time_base) - zero: frame for stamp, frame in frames}
+    times = np.array(list(truth))
+    segments = [(None, None), (0, 2), (1.13, 1.2), (4.97, 9.4), (8, 12)]
+    for fps, (start, end) in itertools.product([0.5, 2, 3, 7], segments):
+        clip = read_video(path, fps=fps, start=start, end=end, min_frame_pixels=1)
+        targets = np.minimum((start or 0) + np.arange(len(clip.times)) / clip.fps, end or 12)
+        targets[-1] = targets[-1] if start != 1.13 else clip.times[-1]  # widened
+        nearest = [times[abs(times - t).argmin()] for t in targets]
+        assert abs(abs(clip.times - targets) - abs(nearest - targets)).max() < 2e-6
+        for t, frame in zip(clip.times, clip.frames):
+            assert np.array_equal(truth[times[abs(times - t).argmin()]], frame.permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("options, segment, most", [
+    (B_FRAMES | {"g": "250", "x264-params": "b-adapt=0:b-pyramid=none"}, {}, 50),  # a P, five B: P and wanted B alone
+    ({"g": "10"}, {}, 72),  # the first and the sixth frame of a group are wanted, the last four not needed
+    ({"g": "1"}, {}, 24), ({"g": "1"}, {"start": 5.0, "end": 8.0}, 6)])
+def test_only_what_wanted_frames_need_is_decoded(options, segment, most, tmp_path, looked_at):
+    path = make_video(tmp_path / "a.mp4", [k / 10 for k in range(120)], picture=moving(120, 56), **options)
+    assert len(read_video(path, **segment).times) == (6 if segment else 24)
+    assert len(looked_at) <= most
+
+
+def test_a_wanted_frame_that_does_not_come_gives_way_to_the_next_nearest(tmp_path, monkeypatch):
+    path = make_video(tmp_path / "a.mp4", bf="3", preset="medium")
+    frames = data._Timed.frames
+    monkeypatch.setattr(data._Timed, "frames", lambda *args: (f for f in frames(*args) if not 0.95 < f.time < 1.05))
+    assert shown(read_video(path)) == [0, 5, 9, 15, 20, 25, 30, 35]
+
+
+def test_threads_change_no_pixel(tmp_path, monkeypatch):
+    path = make_video(tmp_path / "a.mp4", picture=moving(40, 400), size=(400, 400), **B_FRAMES)
+    clips = []
+    for threads in 1, 4:  # 400 x 400 is enough for two
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        clips += [read_video(path), read_video(path, start=1.0, end=2.0)]
+    for one, many in zip(clips[:2], clips[2:], strict=True):
+        assert torch.equal(one.frames, many.frames) and np.array_equal(one.times, many.times)
 
 
 def test_variable_frame_rate_uses_true_times(tmp_path):
@@ -400,7 +472,7 @@ def test_beyond_768_frames_the_rate_falls_and_is_stated(tmp_path):
     path = make_video(tmp_path / "a.mp4", range(480), size=(28, 28))
     clip = read_video(path, min_frame_pixels=1)  # 960 frames at 2 Hz
     assert clip.frames.shape == (768, 3, 28, 28) and clip.fps == pytest.approx(1.6)
-    assert (clip.times - torch.arange(768) / 1.6).abs().max() <= 0.5 + 1e-6 and clip.times[-1] == 479
+    assert abs(clip.times - np.arange(768) / 1.6).max() <= 0.5 + 1e-6 and clip.times[-1] == 479
 
 
 @given(st.floats(0, 1000), st.floats(0.5, 2000), st.sampled_from([0.5, 1.0, 2.0, 4.0]))

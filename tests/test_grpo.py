@@ -53,7 +53,7 @@ def repeated_logps(model, prompt, completion, banned, temperature=1.0):
     more = prompt.positions[:, -1:] + 1 + torch.arange(len(completion))
     logits = model(input_ids=ids, position_ids=torch.cat([prompt.positions, more], 1).unsqueeze(1),
                    pixel_values_videos=prompt.patches, video_grid_thw=prompt.grid).logits[0] / temperature
-    model.set_attn_implementation(grpo.ATTENTION)
+    grpo.speed_up(model)
     logits[:, banned] = -math.inf
     predicted = logits.log_softmax(-1)[len(prompt.ids) - 1:-1]
     return predicted.gather(1, completion.unsqueeze(1)).squeeze(1)
@@ -207,9 +207,8 @@ def test_a_decoding_step_is_one_graph_whatever_the_lengths(tokenizer, model, pro
     with torch.no_grad():
         for b, length in ((1, 20), (2, 30), (2, 41), (2, 53), (2, 64)):
             layout, positions, ends = grpo.pack(prompts[:b])
-            row = torch.cat([grpo.embed_prompt(model, p, f)
-                             for p, f in zip(prompts, grpo.visual_features(model, prompts[:b]))])
-            grpo.decode(model, row.unsqueeze(0), positions, layout)
+            row = grpo.embed(model, prompts[:b], grpo.visual_features(model, prompts[:b]), ends[:0])
+            grpo.decode(model, row, positions, layout)
             own = [tuple(x.new_zeros(3 * b, x.shape[1], length, x.shape[3]) for x in pair) for pair in layout.kept]
             unseen = torch.zeros(3 * b, 1, 1, layout.shapes[0][1] + length, dtype=torch.bool)
             inputs = torch.arange(3 * b), torch.full((3, 3 * b, 1), 90), torch.ones(3 * b, len(tokenizer))

@@ -1,0 +1,140 @@
+"""How near sampling and the policy pass come to what the machine can do, both measured in the same run.
+
+    python benchmarks/ceilings.py --device cuda --size 3b --checkpointing   # 4 prompts of 3,500 tokens, G = 8, 200 tokens
+    python benchmarks/ceilings.py                                           # the 5M model on one CPU thread
+
+Decoding is bound by memory: a step reads every weight of the language model once, each prompt's keys and values once
+and the completions' own. Those bytes over the measured bandwidth are its floor. The policy pass is bound by arithmetic:
+its useful operations (forward and twice that backward; what checkpointing computes again does not count, nor the
+masked half of causal attention) over the measured rate of a large matrix product are its floor. Random weights.
+The first round compiles and is not counted; medians of --repeats. On CUDA the peak of allocated memory is printed, to
+be held against `python benchmarks/memory.py`.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import step  # first: it puts the repository on the path
+import torch
+
+import grpo
+
+
+def seconds(run, device, repeats):
+    """-> the median time of `run()` after one uncounted call."""
+    taken = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken[1:])
+
+
+def bandwidth(device):
+    """-> bytes a second of reading memory: the sum of a buffer that no cache holds."""
+    buffer = torch.ones(2**30 if device.type == "cuda" else 2**27, device=device)
+    return buffer.nbytes / seconds(lambda: buffer.sum(), device, 20)
+
+
+def matmul_rate(device, dtype):
+    """-> operations a second of a square matrix product, two for every multiplication."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / seconds(lambda: a @ b, device, 20)
+
+
+def language_weights(model):
+    """-> parameters of the decoder layers and of the output layer; a token's embedding is one row of its matrix."""
+    layers = sum(p.numel() for p in model.model.language_model.layers.parameters())
+    return layers, model.lm_head.weight.numel()
+
+
+def decoding_floor(model, lengths, G, tokens, rate):
+    """-> seconds for `tokens` - 1 steps (the first token comes from the prefill), at `rate` bytes a second."""
+    text, size = model.config.text_config, model.dtype.itemsize
+    head = text.hidden_size // text.num_attention_heads
+    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head  # keys and values of one token
+    weights = sum(language_weights(model))
+    each = [weights + cached * (sum(lengths) + len(lengths) * G * k) for k in range(1, tokens)]
+    return size * sum(each) / rate
+
+
+def policy_operations(model, lengths, G, tokens):
+    """-> operations of forward and backward that no packing can avoid."""
+    text = model.config.text_config
+    layers, head = language_weights(model)
+    linear = 2 * layers * (sum(lengths) + len(lengths) * G * tokens) + 2 * head * len(lengths) * G * tokens
+    pairs = sum(P * P / 2 + G * tokens * (P + tokens / 2) for P in lengths)  # of a query and a key
+    return 3 * (linear + 4 * text.num_hidden_layers * text.hidden_size * pairs)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", choices=step.SIZES, default="5m")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--prompt-tokens", type=int, default=3500, help="of each, some 3,400 of them visual")
+    parser.add_argument("--tokens", type=int, default=200, help="of each completion; none ends early")
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here.")
+    if min(args.prompts, args.repeats) < 1 or min(args.tokens, args.group_size) < 2 or args.prompt_tokens < 128:
+        parser.error("give at least one prompt of 128 tokens, two completions of two tokens, one repeat.")
+    return args
+
+
+def main():
+    args, device = parse_arguments(), None
+    step.quieten()
+    device, G, T = torch.device(args.device), args.group_size, args.tokens
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        step.make_checkpoint(Path(folder), args.size, device)
+        model, processor = grpo.load_model(folder, device)
+    model.model.visual.requires_grad_(False)
+    if args.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    prompt = step.make_prompt(model, processor, *step.make_video(processor.tokenizer, args.prompt_tokens))
+    prompts, lengths = [prompt] * args.prompts, [len(prompt.ids)] * args.prompts
+    with torch.no_grad():
+        features = grpo.visual_features(model, [prompt]) * args.prompts
+
+    def sample(tokens):
+        return grpo.sample_group(model, prompts, G, tokens, processor.eos[:0], processor.banned, features=features)
+
+    rollout = sample(T)
+
+    def policy():  # a prompt at a time, as --micro-batch 1 does
+        for b in range(args.prompts):
+            own = slice(b * G, (b + 1) * G)
+            logps, _ = grpo.group_logps(model, prompts[b:b + 1], rollout.ids[own], rollout.mask[own], processor.banned,
+                                        features=features[b:b + 1])
+            logps.sum().backward()
+
+    rate, speed = bandwidth(device), matmul_rate(device, model.dtype)
+    whole, prefill = seconds(lambda: sample(T), device, args.repeats), seconds(lambda: sample(1), device, args.repeats)
+    floor = decoding_floor(model, lengths, G, T, rate)
+    model.train()
+    passed, operations = seconds(policy, device, args.repeats), policy_operations(model, lengths, G, T)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
+    print(f"{name}, {args.size}, {model.dtype}: {args.prompts} prompts of {lengths[0]:,} tokens, G = {G}, {T} tokens each\n"
+          f"ceilings: {rate / 1e9:,.0f} GB/s read, {speed / 1e12:,.2f} TFLOP/s\n"
+          f"sampling: {whole:.3f} s, prefill {prefill:.3f} of it; decoding {1e3 * (whole - prefill) / (T - 1):.2f} ms a step, "
+          f"floor {1e3 * floor / (T - 1):.2f}: {floor / (whole - prefill):.0%} of the bandwidth\n"
+          f"policy pass: {passed:.3f} s, {operations / 1e12:.1f} TFLOP: {operations / passed / speed:.0%} of the arithmetic")
+    if device.type == "cuda":
+        print(f"peak of allocated memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB (weights, gradients; no "
+              "reference, no optimiser)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,476 @@
+"""What sharing the prompt is worth: seconds and memory of a GRPO step on random weights, nothing downloaded.
+
+    python benchmarks/step.py                                # the table: four cells, one CPU thread
+    python benchmarks/step.py --curves                       # and two plots (pip install matplotlib)
+    python benchmarks/step.py --device cuda --size 3b        # the published shapes in bfloat16
+    python benchmarks/step.py --cells 2048/64 --systems ours repeated
+
+Three systems take whole GRPO steps on the same weights and the same number of tokens, each in a process of its own and
+by turns, after one uncounted step each:
+
+    ours      sampling and log-probabilities of grpo.py: tower and prompt once for the group
+    repeated  prompt and video repeated G times in sampling, reference and policy pass (baseline.py)
+    trl       TRL's GRPOTrainer on eight images with the video's visual tokens, since its video path drops the video in
+              training (baseline.py); wants `pip install trl`, else its columns stay empty
+
+A step goes from decoded frames to updated weights: patches, sampling (tower, prefill, decoding), reference pass, policy
+forward and backward, clipping, optimiser; rewards are free. The tower is frozen. Cells are PROMPT/COMPLETION in tokens;
+no completion ends early. Medians; memory is the peak above the process with its models loaded and nothing run.
+Before timing, ours and repeated score the same completions, and a difference above 1e-4 (float32) ends the run.
+"""
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import defaultdict
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import (AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig,  # noqa: E402
+                          Qwen2_5_VLForConditionalGeneration)
+from transformers.utils import logging  # noqa: E402
+
+import baseline  # noqa: E402
+import data  # noqa: E402
+import grpo  # noqa: E402
+
+PHASES = {"sampling": "sampling", "reference": "reference pass", "policy": "policy, forward + backward",
+          "step": "whole step"}
+LABELS = {"ours": "ours", "repeated": "repeated", "trl": "TRL"}
+CURVE_GROUPS, CURVE_PROMPTS = (2, 4, 8, 16), (256, 512, 1024, 2048, 3600)
+GRIDS, FPS = 8, 2.0  # two-frame grid steps of every video: TRL's eight images are one of them each
+MIN_TEXT = 24  # the query's tokens; TRL's eight images take 14 of them for their marks
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+            "<|image_pad|>", "<|video_pad|>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TOWER = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420)  # the published one
+SIZES = {  # language model, half of a head's width, tower; 3b and 7b are the published shapes
+    "5m": (dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8,
+                num_key_value_heads=2, vocab_size=320), 16,
+           dict(depth=2, hidden_size=128, num_heads=4, intermediate_size=256, fullatt_block_indexes=[1])),
+    "3b": (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+                num_key_value_heads=2, vocab_size=151936), 64, TOWER),
+    "7b": (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                num_key_value_heads=4, vocab_size=152064), 64, TOWER),
+}
+
+
+class Cell(NamedTuple):
+    """One point of the table or of a curve: tokens of the prompt, of every completion, and their number G."""
+
+    prompt: int
+    completion: int
+    group: int = 8
+
+
+# ------------------------------------------------------------------------------------------------ what is measured on
+
+
+def make_checkpoint(folder, size, device):
+    """Write a random Qwen2.5-VL with a byte tokenizer in the Hugging Face layout -> its number of parameters."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                        additional_special_tokens=SPECIALS)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+           for name in ("im_end", "vision_start", "vision_end", "image_pad", "video_pad")}
+    text, half, vision = SIZES[size]
+    sections = [half // 4, half * 3 // 8, half * 3 // 8]  # rotary frequencies of time, height, width: [16, 24, 24]
+    config = Qwen2_5_VLConfig(
+        text_config=text | dict(
+            bos_token_id=None, eos_token_id=ids["im_end"], pad_token_id=None,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}),
+        vision_config=dict(out_hidden_size=text["hidden_size"], tokens_per_second=2) | vision,
+        tie_word_embeddings=size == "3b", video_token_id=ids["video_pad"], image_token_id=ids["image_pad"],
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"])
+    torch.manual_seed(0)
+    with device:
+        model = Qwen2_5_VLForConditionalGeneration._from_config(
+            config, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(baseline.PIXELS))
+    return sum(p.numel() for p in model.parameters())
+
+
+def make_video(tokenizer, tokens):
+    """-> (frames (2 * GRIDS, 3, H, W) uint8, text): a random video and a query that make a prompt of `tokens`."""
+    room = tokens - len(data.encode_prompt(tokenizer, "", 0))
+    sides = [(h, w) for h in range(1, 80) for w in range(h, 2 * h + 1) if GRIDS * h * w <= room - MIN_TEXT]
+    h, w = max(sides, key=math.prod)
+    noise = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (2 * GRIDS, 3, data.SIDE * h, data.SIDE * w), generator=noise, dtype=torch.uint8)
+    return frames, ("When does the person open the door? " * 10)[:room - GRIDS * h * w]
+
+
+def make_prompt(model, processor, frames, text):
+    """What the product does between decoded frames and the model -> grpo.Prompt, on the model's device."""
+    pixels = processor.pixels
+    patches, grid = data.patchify(frames.to(model.device), pixels["image_mean"], pixels["image_std"])
+    ids = data.encode_prompt(processor.tokenizer, text, math.prod(grid[0].tolist()) // data.MERGE**2)
+    positions = data.position_ids(ids, grid[0].tolist(), FPS, model.config.video_token_id,
+                                  model.config.vision_config.tokens_per_second)
+    return grpo.Prompt(torch.tensor(ids, device=model.device), positions.to(model.device), patches, grid)
+
+
+class Shared:
+    """The product's passes: tower and prompt once for the group."""
+
+    def __init__(self, folder, cell, device):
+        self.cell, self.features = cell, None
+        self.model, self.processor = grpo.load_model(folder, device)
+        self.reference, _ = grpo.load_model(folder, device)
+
+    def sample(self, prompt):
+        """-> (G, C) ids"""
+        with torch.no_grad():
+            self.features = grpo.visual_features(self.model, [prompt])
+        never = self.processor.eos[:0]
+        return grpo.sample_group(self.model, [prompt], self.cell.group, self.cell.completion, never,
+                                 self.processor.banned, 1.0, None, self.features).ids
+
+    def logps(self, model, prompt, ids):
+        """-> (G, C) log-probabilities of `ids`, float32"""
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        return grpo.group_logps(model, [prompt], ids, mask, self.processor.banned, 1.0, self.features)[0]
+
+
+def take_steps(system, frames, text, meter, turn, args):
+    """GRPO steps of `Shared` or of `baseline.Repeated`, the uncounted one and --repeats, each inside `turn()`."""
+    cell, model = system.cell, system.model
+    model.model.visual.requires_grad_(False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # 7b on one card: AdamW's 92 GB are sharded over ranks in training and have no room here.
+    optimizer = (torch.optim.SGD if args.size == "7b" else grpo.MasterAdamW)(parameters, lr=1e-6)
+    advantages = grpo.group_advantages(torch.linspace(0, 1, cell.group, device=model.device).unsqueeze(0)).flatten()
+    mask = torch.ones(cell.group, cell.completion, dtype=torch.bool, device=model.device)
+    model.train()
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    for _ in range(args.repeats + 1):
+        with turn():
+            prompt = make_prompt(model, system.processor, frames, text)
+            with meter("sampling"):
+                ids = system.sample(prompt)
+            with meter("reference"), torch.no_grad():
+                ref_logps = system.logps(system.reference, prompt, ids)
+            with meter("policy"):
+                logps = system.logps(model, prompt, ids)
+                loss, _ = grpo.grpo_loss(logps, logps.detach(), ref_logps, advantages, mask)
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            del logps, loss  # else the graph's ends would live into the next step's sampling
+
+
+# ------------------------------------------------------------------------------------------------ a worker's process
+
+
+class Meter:
+    """Seconds, CPU seconds and peak memory above idle, MiB, of named phases, which may nest and come in parts."""
+
+    def __init__(self, device):
+        self.device, self.open, self.idle = device, [], 0.0
+        self.seconds, self.cpu_seconds, self.peak = (defaultdict(float) for _ in range(3))
+
+    def rest(self):
+        """What is resident now is the idle process."""
+        self.idle = 0.0
+        self.read_peak()
+        self.idle = self.read_peak()
+
+    def read_peak(self):
+        """-> MiB above idle at the highest point since the last call."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            return peak / 2**20 - self.idle
+        peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # KiB
+        # glibc keeps freed blocks: without trimming, a phase would be charged for its predecessor's.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM falls to what is resident now
+        return peak / 1024 - self.idle
+
+    def settle(self):
+        """Credit the peak so far to the phases that are open."""
+        peak = self.read_peak()
+        for name in self.open:
+            self.peak[name] = max(self.peak[name], peak)
+
+    @contextmanager
+    def __call__(self, name):
+        self.settle()
+        self.open.append(name)
+        began, worked = time.perf_counter(), time.process_time()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - began
+        self.cpu_seconds[name] += time.process_time() - worked
+        self.settle()
+        self.open.remove(name)
+
+    def take(self):
+        """-> what was measured since the last call, {quantity: {phase: value}}."""
+        taken = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "MiB": self.peak}
+        self.seconds, self.cpu_seconds, self.peak = (defaultdict(float) for _ in taken)
+        return taken
+
+
+def probe(system, frames, text):
+    """-> (G, C) log-probabilities of completions that are the same for every system, a list."""
+    prompt = make_prompt(system.model, system.processor, frames, text)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(256, (system.cell.group, system.cell.completion), generator=generator)
+    with torch.no_grad():
+        return system.logps(system.model, prompt, ids.to(system.model.device)).tolist()
+
+
+def work(connection, name, folder, cell, args):
+    """A worker's process: build one system, report, then take one step whenever told to."""
+    os.dup2(2, 1)  # the table has standard output to itself
+    quieten()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    meter = Meter(device)
+
+    @contextmanager
+    def turn():
+        connection.recv()
+        with meter("step"):
+            yield
+        connection.send(meter.take())
+
+    try:
+        frames, text = make_video(AutoTokenizer.from_pretrained(folder), cell.prompt)
+        if name == "trl":
+            trainer = baseline.make_trl_trainer(folder, cell, frames, text, meter, turn, args)
+            meter.rest()
+            connection.send({"idle": meter.idle})
+            trainer.train()
+        else:
+            system = {"ours": Shared, "repeated": baseline.Repeated}[name](folder, cell, device)
+            meter.rest()
+            connection.send({"idle": meter.idle, "logps": probe(system, frames, text)})
+            take_steps(system, frames, text, meter, turn, args)
+    except ImportError as error:
+        connection.send({"missing": f"not installed ({error})"})
+    except torch.OutOfMemoryError:
+        connection.send({"missing": "out of memory"})
+    except Exception:
+        connection.send({"failed": traceback.format_exc()})
+
+
+def quieten():
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # TRL sets options that transformers renames
+
+
+# ------------------------------------------------------------------------------------------------ the parent's process
+
+
+def receive(pipe, name):
+    """-> a worker's next report. Raises SystemExit where there will be none."""
+    try:
+        report = pipe.recv()
+    except EOFError:
+        report = {"failed": "its process was killed, probably for want of memory."}
+    if "failed" in report:
+        raise SystemExit(f"{name}: {report['failed']}")
+    return report
+
+
+def measure(names, results, folder, cell, args):
+    """Let systems step by turns, the first time uncounted.
+
+    Fills `results` with {name: {idle, steps: [{quantity: {phase: value}}]} or {missing: why}}.
+    """
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=work, args=(theirs, name, folder, cell, args), daemon=True).start()
+        theirs.close()
+        results[name] = receive(pipes[name], name) | {"steps": []}
+    check_logps(results, cell, args.device)
+    for step in range(args.repeats + 1):
+        for name in [name for name in names if "missing" not in results[name]]:
+            pipes[name].send("go")
+            report = receive(pipes[name], name)
+            if "missing" in report:
+                results[name] = report
+            elif step:
+                results[name]["steps"].append(report)
+    for worker in multiprocessing.active_children():
+        worker.join()
+
+
+def check_logps(results, cell, device):
+    """Raises SystemExit where ours and the repeated prompt do not score the same completions alike."""
+    if not all("logps" in results.get(name, ()) for name in ("ours", "repeated")):
+        return
+    ours, repeated = (torch.tensor(results[name].pop("logps")) for name in ("ours", "repeated"))
+    gap = (ours - repeated).abs().max().item()
+    print(f"{name_of(cell)}: log-probabilities of ours and repeated differ by {gap:.1e} at most", file=sys.stderr)
+    if gap > 1e-4 and device == "cpu":  # bfloat16 differs by more
+        raise SystemExit(f"{name_of(cell)}: a difference above 1e-4 leaves nothing to compare.")
+
+
+# ------------------------------------------------------------------------------------------------ table and plots
+
+
+def name_of(cell):
+    return f"{cell.prompt:,} / {cell.completion}" + (f", G = {cell.group}" if cell.group != 8 else "")
+
+
+def median(result, quantity, phase):
+    """-> the median of a system's `quantity` in a phase; None where it was not measured."""
+    return statistics.median(step[quantity][phase] for step in result["steps"]) if "missing" not in result else None
+
+
+def table(systems, results, clock):
+    """-> Markdown: medians by `clock` ("seconds", "cpu_seconds"), and in brackets how many times ours they are."""
+    heads = [f"{LABELS[s]}, {unit}" for unit in ("s", "MiB") for s in systems]
+    lines = ["| prompt / completion | phase | " + " | ".join(heads) + " |", "|" + "---|" * (2 + len(heads))]
+    for cell, result in results:
+        for phase, label in PHASES.items():
+            row = []
+            for quantity, digits in ((clock, 2), ("MiB", 0)):
+                ours = median(result["ours"], quantity, phase) if "ours" in result else None
+                for name in systems:
+                    value = median(result[name], quantity, phase)
+                    text = "" if value is None else f"{value:,.{digits}f}"
+                    row.append(text + (f" ({value / ours:.1f}x)" if value and ours and name != "ours" else ""))
+            lines.append(f"| {name_of(cell)} | {label} | " + " | ".join(row) + " |")
+    notes = {f"{LABELS[name]}, {name_of(cell)}: {result[name]['missing']}."
+             for cell, result in results for name in systems if "missing" in result[name]}
+    return "\n".join([*lines, *([""] if notes else []), *sorted(notes)])
+
+
+def core_share(results):
+    """-> the smallest part of a core that a system's steps had: below 1 where other programs were running."""
+    return min(median(r, "cpu_seconds", "step") / median(r, "seconds", "step")
+               for _, result in results for r in result.values() if "missing" not in r)
+
+
+def plot(path, results, axis, xlabel):
+    """Seconds and memory against `axis` ("group" or "prompt"), ours and repeated."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, panels = plt.subplots(1, 2, figsize=(8.6, 3.4), layout="constrained")
+    for name, colour in (("repeated", "#c44e52"), ("ours", "#2f6db3")):
+        measured = [(getattr(cell, axis), r[name]) for cell, r in results if "missing" not in r[name]]
+        tokens = [x for x, _ in measured]
+        for phase, style, label in (("step", "o-", "whole step"), ("policy", "s--", "policy pass")):
+            seconds = [median(r, "seconds", phase) for _, r in measured]
+            panels[0].plot(tokens, seconds, style, color=colour, markersize=4, label=f"{LABELS[name]}, {label}")
+        peaks = [median(r, "MiB", "step") / 1024 for _, r in measured]
+        panels[1].plot(tokens, peaks, "o-", color=colour, markersize=4, label=LABELS[name])
+    ticks = [getattr(cell, axis) for cell, _ in results]
+    for panel, ylabel in zip(panels, ("seconds", "peak memory of the step, GiB")):
+        panel.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+        panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45 if axis == "prompt" else 0)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=160)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="*", default=["1024/64", "1024/200", "2048/64", "2048/200"],
+                        metavar="PROMPT/COMPLETION", help="in tokens")
+    parser.add_argument("--systems", nargs="+", choices=LABELS, default=list(LABELS))
+    parser.add_argument("--repeats", type=int, default=5, help="counted steps of each system in a cell")
+    parser.add_argument("--threads", type=int, default=1, help="of each process on a CPU; only one works at a time")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", choices=SIZES, default="5m", help="3b and 7b run their systems one after the other: "
+                        "two do not fit on a card; 7b steps with SGD, AdamW's state has no room beside it")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="in the policy pass of every system")
+    parser.add_argument("--curves", action="store_true", help="ours and repeated, 64 tokens a completion: against G at "
+                        "1,024 tokens of prompt, and against the prompt at G = 8")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="folder for results.json and plots")
+    args = parser.parse_args()
+    try:
+        args.cells = [Cell(*map(int, cell.split("/"))) for cell in args.cells]
+    except (TypeError, ValueError):
+        parser.error("--cells takes PROMPT/COMPLETION in tokens, as in 2048/64.")
+    if any(c.prompt < 128 or c.completion < 1 for c in args.cells):
+        parser.error("--cells: a prompt has at least 128 tokens, a completion one.")
+    if args.repeats < 1 or args.threads < 1:
+        parser.error("--repeats and --threads start at 1.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here.")
+    if args.device == "cpu" and args.size != "5m":
+        parser.error(f"--size {args.size} wants --device cuda.")
+    if args.curves and not importlib.util.find_spec("matplotlib"):
+        parser.error("--curves draws with matplotlib, which is not installed.")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    quieten()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by the workers as they start
+    curves = {"group": [Cell(1024, 64, G) for G in CURVE_GROUPS], "prompt": [Cell(P, 64) for P in CURVE_PROMPTS]}
+    cells = {cell: args.systems for cell in args.cells}
+    if args.curves:
+        cells |= {cell: list(dict.fromkeys([*cells.get(cell, ()), "ours", "repeated"]))
+                  for cell in curves["group"] + curves["prompt"]}
+    on = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} thread(s)"
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "trl")
+                if importlib.util.find_spec(name)]
+    args.output.mkdir(parents=True, exist_ok=True)
+    results, began = {}, time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        count = make_checkpoint(Path(folder), args.size, torch.device(args.device))
+        title = ", ".join(
+            [f"{count / 1e6:,.1f}M parameters", "G = 8", on, f"medians of {args.repeats} steps", *versions])
+        for cell, systems in cells.items():
+            results[cell] = {}
+            for names in [systems] if args.size == "5m" else [[name] for name in systems]:  # else two fill the card
+                measure(names, results[cell], folder, cell, args)
+            (args.output / "results.json").write_text(json.dumps(
+                {"title": title, "arguments": sys.argv[1:], "cells": [[*c, result] for c, result in results.items()]}))
+            print(f"{name_of(cell)}: done after {(time.perf_counter() - began) / 60:.1f} minutes", file=sys.stderr)
+
+    if args.cells:
+        rows = [(cell, results[cell]) for cell in args.cells]
+        print(f"{title}\n\n{table(args.systems, rows, 'seconds')}")
+        if args.device == "cpu" and core_share(rows) < 0.9:
+            print(f"\nOther programs left the steps {core_share(rows):.2f} of a core. In CPU seconds:\n\n"
+                  + table(args.systems, rows, "cpu_seconds"))
+    if args.curves:
+        for axis, xlabel in (("group", "completions of the prompt, G"), ("prompt", "prompt, tokens")):
+            plot(args.output / f"against-{axis}.png", [(cell, results[cell]) for cell in curves[axis]], axis, xlabel)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The memory budget: what it counts, against sums by hand."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import evaluate  # noqa: E402
+import memory  # noqa: E402
+
+GiB = 2**30
+
+
+def test_parameters_by_hand(checkpoint):
+    model = memory.meta_model(memory.model_config(str(checkpoint)), torch.bfloat16)
+    V = model.config.text_config.vocab_size
+    # Two layers: queries and output 32 x 32, keys and values 32 x 16, biases, three matrices 32 x 64, two norms; then
+    # embedding, head (not tied) and the last norm.
+    language = 2 * (2 * 32 * 32 + 32 + 2 * (32 * 16 + 16) + 3 * 32 * 64 + 2 * 32) + 2 * V * 32 + 32
+    # Two blocks: qkv, output, three matrices 16 x 32, biases, two norms; then patches of 1,176 numbers, and the merger.
+    vision = 2 * (3 * (16 * 16 + 16) + 16 * 16 + 16 + 3 * 16 * 32 + 2 * 32 + 16 + 2 * 16) + 1176 * 16
+    vision += 16 + 64 * 64 + 64 + 64 * 32 + 32
+    assert sum(p.numel() for p in model.model.visual.parameters()) == vision
+    assert sum(p.numel() for p in model.parameters()) == language + vision
+
+
+@pytest.mark.parametrize("name, parameters", [("Qwen/Qwen2.5-VL-3B-Instruct", 3_754_622_976),
+                                              ("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656)])
+def test_published_models_have_the_published_number_of_parameters(name, parameters):
+    model = memory.meta_model(memory.model_config(name), torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_storages_that_live_together_are_added_up(model):
+    with memory.Storages(model) as storages:
+        x = torch.empty(100, device="meta")  # 400 bytes
+        y = x + 1
+        view = y[:50]
+        del x, y
+        z = view * 2  # 400 for the whole of y, 200 for z
+    assert sum(storages.peak.values()) == 800
+    assert sum(storages.now.values()) == 600
+    del view, z
+    assert sum(storages.now.values()) == 0
+
+
+def test_shares_go_to_the_least_loaded_rank_the_largest_first():
+    parameters = [torch.empty(n) for n in (3, 5, 3, 4, 3)]
+    assert [[p.numel() for p in share] for share in memory.shares(parameters, 2)] == [[5, 3], [4, 3, 3]]
+
+
+def test_what_lasts_and_the_cache_by_hand(checkpoint):
+    settings = memory.Settings(model=str(checkpoint), world_size=1, max_pixels=64 * 784, max_new_tokens=16,
+                               group_size=4, micro_batch=2, text_tokens=10)
+    model = memory.meta_model(memory.model_config(settings.model), torch.bfloat16)
+    peaks, highest = memory.estimate(model, settings, memory.plan(settings, worst=True))
+    trained = sum(p.numel() for n, p in model.named_parameters() if "visual" not in n)
+    everything = sum(p.numel() for p in model.parameters())
+    assert tuple(peaks) == memory.PHASES
+    for rows in peaks.values():
+        assert (rows["weights"], rows["reference"], rows["gradients"]) == (2 * everything, 2 * everything, 2 * trained)
+        assert rows["optimiser, masters"] == 12 * trained
+    # 2 layers, keys and values, 2 heads of 8 numbers, 2 bytes: 2 prompts of 74 tokens, 8 completions of 16.
+    assert highest["KV cache"] == 2 * 2 * 2 * 8 * 2 * (2 * 74 + 8 * 16)
+    # A float32 gradient and the denominator, of the largest parameter.
+    largest = max(p.numel() for n, p in model.named_parameters() if "visual" not in n)
+    assert peaks["optimiser"]["the step's temporaries"] == 2 * 4 * largest
+    without = memory.estimate(model, memory.dataclasses.replace(settings, kl_coef=0.0), memory.plan(settings, True))[0]
+    assert "reference" not in without and without["policy"]["reference"] == 0
+
+
+@pytest.mark.parametrize("name, gpu", [("3b", 40), ("7b", 80)])
+def test_published_models_fit_eight_gpus(name, gpu):
+    settings = memory.Settings(model=name)
+    model = memory.meta_model(memory.model_config(name), torch.bfloat16)
+    peaks, _ = memory.estimate(model, settings, memory.plan(settings, worst=False))
+    assert max(sum(rows.values()) for rows in peaks.values()) + memory.OUTSIDE < gpu * GiB
+
+
+def test_the_command_line_prints_budget_measures_iterations_and_tokens(checkpoint, capsys):
+    settings = evaluate.parse_settings(memory.Settings, "", [
+        "--model", str(checkpoint), "--max-pixels", str(64 * 784), "--max-new-tokens", "40", "--typical-tokens", "20",
+        "--gpu-gb", "0.5", "--annotations", "none", "--rows", "100"])
+    memory.report(settings)
+    printed = capsys.readouterr().out
+    assert "IT DOES NOT FIT" in printed and "with kl_coef = 0.0" in printed
+    assert f"8 prompts an iteration: {math.ceil(2 * 100 / 8)} iterations" in printed
+    assert f"worst: {8 * (64 + 120):,} prompt and {8 * 8 * 40:,} completion tokens an iteration" in printed
