@@ -1,11 +1,11 @@
 """GRPO by hand: sample a group, normalise its rewards, log-probabilities in one packed pass, clipped loss with KL.
 
-Shapes: B prompts (a micro-batch), G completions of each, N = B * G, P prompt tokens, C completion tokens (padded to
+Shapes: B prompts, G completions of each, N = B * G, P prompt tokens, C completion tokens (padded to
 the longest), V vocabulary, H hidden. This file knows tensors, not tasks.
 
 A group shares one long video prompt, so everything up to the prompt's last token happens once per prompt, never once
-per completion. Sampling: the vision tower and the prefill run once, then the cache is repeated G times. Training: one
-row holds the whole group,
+per completion. Sampling: the vision tower and the prefill run once, and all completions read the one cache of their prompt.
+Training: one row holds the whole group,
 
     [ prompt ][ o_1 ][ o_2 ] ... [ o_G ]
 
@@ -14,6 +14,8 @@ The result equals G separate rows (tests/test_grpo.py) for an eighth of the prom
 """
 
 import functools
+import itertools
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,9 +89,12 @@ class Rollout(NamedTuple):
 
 
 def visual_features(model, prompts):
-    """Run the vision tower over a micro-batch -> a list of B (visual tokens, H) tensors."""
-    patches = torch.cat([p.patches for p in prompts]).to(model.dtype)
-    return list(model.get_video_features(patches, torch.cat([p.grid for p in prompts])).pooler_output)
+    """Run the vision tower -> a list of B (visual tokens, H) tensors."""
+    features = []
+    for _, alike in itertools.groupby(prompts, key=lambda p: p.grid[0, 1:].tolist()):  # frames of one size: no padding
+        patches, grids = zip(*((p.patches, p.grid) for p in alike))
+        features += model.get_video_features(torch.cat(patches).to(model.dtype), torch.cat(grids)).pooler_output
+    return features
 
 
 def embed(model, prompts, features, more):
@@ -108,7 +113,7 @@ class Packed(NamedTuple):
     """What attends to what in one row of T tokens, [prompt_1] ... [prompt_B][o_1] ... [o_N], without any padding.
 
     Every layer but attention sees the row as it is. Attention takes it apart: a prompt attends to itself, a completion
-    to its prompt and itself. Half of the square that a mask over the row would have is never computed.
+    to its prompt and itself. What a mask over the row would forbid is mostly never computed.
     """
 
     shapes: list  # (B, P), and unless this is a prefill (N, C): rows and columns of the padded parts
@@ -157,9 +162,9 @@ class Decoding(NamedTuple):
         def apart(x):
             return x.view(B, kv, N // B, -1, x.shape[-1]).transpose(1, 2).reshape(N, kv, -1, x.shape[-1])
 
-        query = query.reshape(N, kv, -1, D) * scaling  # (N, kv, heads / kv, D)
-        scores = torch.cat([apart(together(query) @ prompt_k.mT), query @ own_k.mT], -1)
-        weights = scores.masked_fill_(self.unseen, -torch.inf).float().softmax(-1).to(query.dtype)
+        query = query.reshape(N, kv, -1, D)  # (N, kv, heads / kv, D)
+        scores = torch.cat([apart(_scores(together(query), prompt_k)), _scores(query, own_k)], -1) * scaling
+        weights = scores.masked_fill_(self.unseen, -torch.inf).softmax(-1).to(query.dtype)
         out = apart(together(weights[..., :P]) @ prompt_v) + weights[..., P:] @ own_v
         return out.reshape(N, 1, heads, D)
 
@@ -174,6 +179,14 @@ class Decoding(NamedTuple):
         own = [tuple(nn.functional.pad(x[rows], (0, 0, 0, more)) for x in pair) for pair in self.own]
         return Decoding([(k[prompts], v[prompts]) for k, v in self.prompts], own, self.place,
                         nn.functional.pad(self.unseen[rows], (0, more), value=True))
+
+
+def _scores(query, key):
+    """query @ key^T in float32, as sdpa computes it: in bfloat16 a score of 100 would be off by a quarter."""
+    if query.dtype == torch.float32:
+        return query @ key.mT
+    product = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32)  # CUDA only
+    return product.unflatten(0, query.shape[:2])
 
 
 def _take(x, places, shapes):
@@ -207,25 +220,29 @@ AttentionInterface.register("window_flash", window_attention)  # only names with
 
 
 def speed_up(model):
-    """Give Qwen2.5-VL the attention above, and a faster first layer of the vision tower."""
+    """Give Qwen2.5-VL the attention above and a faster first layer; `model(...)` and `generate` no longer work then."""
     model.set_attn_implementation({"text_config": "group", "vision_config": "window_flash"})
-    # A convolution whose stride is its kernel is a matrix product, and takes three times as long.
     first = model.model.visual.patch_embed
-    first.forward = lambda patches: nn.functional.linear(patches, first.proj.weight.flatten(1))
+    first.forward = types.MethodType(_embed_patches, first)
 
 
-def pack(prompts, ids=None, mask=None):
+def _embed_patches(self, patches):
+    """The tower's first layer: a convolution whose stride is its kernel, three times as slow as a matrix product."""
+    return nn.functional.linear(patches, self.proj.weight.flatten(1))
+
+
+def pack(prompts, mask=None):
     """Lay B groups out as one row [prompt_1] ... [prompt_B][o_1] ... [o_N] -> (Packed, positions, predictor).
 
-    `ids`, `mask` are (N, C), or None for the prompts alone. `positions` is (3, 1, T); those of every completion
-    continue its prompt's. `predictor` (tokens of all completions,) is the place of the token that predicts each: the
-    one before it, which for the first token of every o_i is its prompt's last.
+    `mask` (N, C) marks the completions' tokens; without it the row is a prefill of the prompts alone. `positions` is
+    (3, 1, T); those of every completion continue its prompt's. `predictor` is the place of the token that predicts each
+    completion token: the one before it, which for the first of every o_i is its prompt's last; in a prefill, (B,), each
+    prompt's last.
     """
     device = prompts[0].ids.device
-    ends = torch.tensor([len(p.ids) for p in prompts], device=device)
-    column = torch.arange(int(ends.max()), device=device)
-    filled = column < ends.unsqueeze(1)  # (B, P)
-    positions, last = torch.cat([p.positions for p in prompts], 1), ends.cumsum(0) - 1
+    lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
+    filled = torch.arange(max(len(p.ids) for p in prompts), device=device) < lengths.unsqueeze(1)  # (B, P)
+    positions, last = torch.cat([p.positions for p in prompts], 1), lengths.cumsum(0) - 1
     if mask is None:
         layout = Packed([filled.shape], _places(filled), filled.flatten().nonzero().squeeze(1), None, [])
         return layout, positions.unsqueeze(1), last
@@ -281,6 +298,22 @@ def advance(model, cache, temperature, banned, token, position, noise):
     return choose(model, decode(model, embeddings, position, cache)[:, 0], noise, temperature, banned)
 
 
+def record(step, inputs):
+    """Record step(*inputs) as a CUDA graph -> a function like it, whose outputs its next call overwrites."""
+    step(*inputs)  # compiles, which must not happen while recording
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step(*inputs)
+
+    def replay(*new):
+        for old, x in zip(inputs, new):
+            old.copy_(x)
+        graph.replay()
+        return outputs
+
+    return replay
+
+
 @torch.no_grad()
 def sample_group(model, prompts, G, max_new_tokens, eos, banned, temperature=1.0, generator=None, features=None):
     """Sample G completions of each of B prompts together (the o_1 ... o_G of Eq. 3) -> Rollout.
@@ -290,19 +323,19 @@ def sample_group(model, prompts, G, max_new_tokens, eos, banned, temperature=1.0
     and ended completions leave the batch.
     """
     was_training = model.training
-    model.eval()  # nothing is to be recomputed here
+    model.eval()  # a layer that gradient checkpointing runs may run again, and would keep its keys twice
     B, device, V = len(prompts), prompts[0].ids.device, model.config.text_config.vocab_size
-    N, room = B * G, 16
+    N, room = B * G, 64 if device.type == "cuda" else 16  # every doubling records a CUDA graph
     layout, positions, ends = pack(prompts)
     features = features or visual_features(model, prompts)
-    row = embed(model, prompts, features, ends[:0])
-    hidden = decode(model, row, positions, layout)[0, ends].repeat_interleave(G, dim=0)  # (N, H)
+    hidden = decode(model, embed(model, prompts, features, ends[:0]), positions, layout)[0, ends]
+    hidden = hidden.repeat_interleave(G, dim=0)  # (N, H)
     last = positions[:, 0, ends].repeat_interleave(G, dim=1).unsqueeze(2)  # (3, N, 1)
     lengths, P = torch.tensor([len(p.ids) for p in prompts], device=device), layout.shapes[0][1]
     unseen = torch.arange(P + room, device=device) >= lengths.repeat_interleave(G).unsqueeze(1)
     own = [tuple(x.new_zeros(N, x.shape[1], room, x.shape[3]) for x in pair) for pair in layout.kept]
     cache = Decoding(layout.kept, own, torch.zeros_like(ends[0]), unseen.view(N, 1, 1, -1))
-    del layout, own, row  # what leaves the cache is not to be held here
+    del layout, own  # else the first keys stay when their completions have left
     ids = torch.zeros(N, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(N, max_new_tokens, device=device)
     mask = torch.zeros(N, max_new_tokens, dtype=torch.bool, device=device)
@@ -332,8 +365,9 @@ def sample_group(model, prompts, G, max_new_tokens, eos, banned, temperature=1.0
         if forward is None:
             forward = functools.partial(advance, model, cache, scale, banned)
             if device.type == "cuda":  # some 2,000 small kernels a token otherwise, each launched by Python
-                forward = functools.partial(torch.compile(advance, dynamic=True), *forward.args)
-                forward = torch.cuda.make_graphed_callables(forward, inputs)
+                torch._dynamo.config.recompile_limit = 32  # one prompt or several, one completion or several, ...
+                compiled = torch.compile(advance, dynamic=True)
+                forward = record(functools.partial(compiled, *forward.args), inputs)
         token, logp = forward(*inputs)
     model.train(was_training)
     steps = step + 1
@@ -348,7 +382,7 @@ def group_logps(model, prompts, ids, mask, banned, temperature=1.0, features=Non
     gradient. `features` given means a frozen tower; else it runs here, with gradients if it is trained.
     """
     features = features or visual_features(model, prompts)
-    layout, positions, predictor = pack(prompts, ids, mask)
+    layout, positions, predictor = pack(prompts, mask)
     row = embed(model, prompts, features, ids[mask])
     hidden = decode(model, row, positions, layout)[0, predictor]  # (tokens of all completions, H)
 

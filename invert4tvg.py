@@ -69,8 +69,8 @@ class Config(evaluate.Settings):
     max_grad_norm: float = flag(1.0, "gradient clipping; released code")
     epochs: float = flag(2.0, "passes over the samples; Appendix C")
     iterations: int = flag(0, "optimiser steps instead of --epochs; 0: by epochs")
-    accumulation: int = flag(1, "micro-batches an iteration on each rank (8 ranks x 1 = 8 prompts; the paper's batch "
-                             "of 4 is ambiguous)")
+    accumulation: int = flag(1, "micro-batches an iteration on each rank, all sampled together (8 ranks x 1 = 8 "
+                             "prompts; the paper's batch of 4 is ambiguous)")
     train_vision: bool = flag(False, "train the vision tower and merger too; released code")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass; released code")
     # the run
@@ -330,9 +330,10 @@ def make_run(config, device, samples, completions, resume_from):
         reference, _ = grpo.load_model(config.model, device)
         reference = grpo.Policy(reference.requires_grad_(False).eval(), processor.banned, config.temperature)
     temperature = 1.0 if completions else config.temperature
-    # Else DDP's buckets are a second copy of the gradients, always or while the second iteration moves them.
+    # gradient_as_bucket_view: else the buckets are a second copy of the gradients. bucket_cap_mb_list: else the second
+    # iteration regroups them, and holds both for a while.
     policy = DistributedDataParallel(grpo.Policy(model, processor.banned, temperature), gradient_as_bucket_view=True,
-                                     bucket_cap_mb_list=[25], broadcast_buffers=False)
+                                     bucket_cap_mb_list=[25])
     optimizer = ZeroRedundancyOptimizer(
         [p for p in model.parameters() if p.requires_grad], optimizer_class=grpo.MasterAdamW, lr=config.lr,
         betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay)
