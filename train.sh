@@ -62,13 +62,12 @@ demo() {
 charades() {
     local size=$1
     shift
-    local gpus=${GPUS:-8} one=()
-    if [ "$gpus" = 1 ]; then one=(--kl-coef 0); fi  # no reference model: 3B then fits 80 GB
+    local gpus=${GPUS:-8}
     local out=runs/charades-$size
     # Eight prompts an iteration on any number of GPUs. Ctrl-C saves first, which 30 seconds are too short for.
     torchrun --nproc_per_node "$gpus" --shutdown-timeout 1800 invert4tvg.py --accumulation $((8 / gpus)) --model "Qwen/Qwen2.5-VL-${size^^}-Instruct" \
         --annotations data/charades_sta_train.txt --videos data/videos --output "$out" \
-        --eval-every 500 --eval-annotations data/charades_sta_test.txt "${one[@]}" "$@"
+        --eval-every 500 --eval-annotations data/charades_sta_test.txt "$@"
     torchrun --nproc_per_node "$gpus" evaluate.py --model "$out" --annotations data/charades_sta_test.txt \
         --videos data/videos --output "$out/test"
 }
