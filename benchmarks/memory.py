@@ -81,7 +81,10 @@ def model_config(name):
     """3b, 7b, a hub id of theirs or a folder -> the model's config."""
     size = name.lower().removeprefix("qwen/qwen2.5-vl-").removesuffix("-instruct")
     if size not in PUBLISHED:
-        return AutoConfig.from_pretrained(grpo.newest_checkpoint(name) or name)
+        try:
+            return AutoConfig.from_pretrained(grpo.newest_checkpoint(name) or name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model {name}: no config was found there; give 3b, 7b or a checkpoint folder.") from error
     sizes = PUBLISHED[size]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     vision = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, window_size=112,
@@ -492,4 +495,7 @@ def measured_iterations(settings, cell, meter, device):
 
 if __name__ == "__main__":
     given = evaluate.parse_settings(Settings, __doc__)
-    validate() if given.validate else report(given)
+    try:
+        validate() if given.validate else report(given)
+    except (UserError, ValueError) as error:
+        sys.exit(f"memory.py: {error}")

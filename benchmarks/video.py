@@ -196,6 +196,8 @@ def main():
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--iterations", type=int, default=40)
     args = parser.parse_args()
+    if args.video and not data.video_duration(args.video):
+        parser.error(f"--video {args.video}: cannot be opened as a video, or states no duration.")
     with tempfile.TemporaryDirectory() as folder:
         if args.wait is not None:
             return wait(args.wait or (0.1, 0.25, 0.5, 1, 2), args.video, folder, args.workers, args.iterations)
