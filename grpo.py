@@ -1,11 +1,11 @@
 """GRPO by hand: sample a group, normalise its rewards, log-probabilities in one packed pass, clipped loss with KL.
 
-Shapes: B prompts, G completions of each, N = B * G, P prompt tokens, C completion tokens (padded to
-the longest), V vocabulary, H hidden. This file knows tensors, not tasks.
+Shapes: B prompts, G completions of each, N = B * G, P prompt tokens, C completion tokens (padded to the longest), V
+vocabulary, H hidden. This file knows tensors, not tasks.
 
 A group shares one long video prompt, so everything up to the prompt's last token happens once per prompt, never once
-per completion. Sampling: the vision tower and the prefill run once, and all completions read the one cache of their prompt.
-Training: one row holds the whole group,
+per completion. Sampling: the vision tower and the prefill run once, and all completions read the one cache of their
+prompt. Training: one row holds the whole group,
 
     [ prompt ][ o_1 ][ o_2 ] ... [ o_G ]
 

@@ -43,16 +43,12 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import grpo  # noqa: E402
 import invert4tvg  # noqa: E402
+import step  # noqa: E402  benchmarks/step.py: shapes, random checkpoints, videos, meter
 from evaluate import UserError, flag, option  # noqa: E402
 
 GiB = 2**30
 OUTSIDE = 1.5 * GiB  # of a card's nominal memory: what it hides (0.6), the CUDA context (0.5), NCCL (0.4); customary
-PUBLISHED = {  # of the hub's Qwen2.5-VL-3B-Instruct and -7B-Instruct
-    "3b": dict(text_config=dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-                                num_key_value_heads=2, vocab_size=151936), tie_word_embeddings=True),
-    "7b": dict(text_config=dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                                num_key_value_heads=4, vocab_size=152064), tie_word_embeddings=False),
-}
+PUBLISHED = ("3b", "7b")  # of the hub's Qwen2.5-VL-3B-Instruct and -7B-Instruct
 ROWS = ("weights", "reference", "gradients", "optimiser, masters", "prompts, features", "KV cache", "activations",
         "logits", "gradients on their way", "the step's temporaries")
 PHASES = ("sampling", "reference", "policy", "optimiser")
@@ -85,13 +81,12 @@ def model_config(name):
             return AutoConfig.from_pretrained(grpo.newest_checkpoint(name) or name)
         except (OSError, ValueError) as error:
             raise UserError(f"--model {name}: no config was found there; give 3b, 7b or a checkpoint folder.") from error
-    sizes = PUBLISHED[size]
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    vision = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, window_size=112,
-                  tokens_per_second=2, fullatt_block_indexes=[7, 15, 23, 31],
-                  out_hidden_size=sizes["text_config"]["hidden_size"])
-    return Qwen2_5_VLConfig(**sizes | {"text_config": sizes["text_config"] | {"rope_parameters": rope},
-                                       "vision_config": vision})
+    text, half, vision = step.SIZES[size]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": step.sections(half)}
+    vision = vision | dict(window_size=112, tokens_per_second=2, fullatt_block_indexes=[7, 15, 23, 31],
+                           out_hidden_size=text["hidden_size"])
+    return Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision,
+                            tie_word_embeddings=size == "3b")
 
 
 def meta_model(config, dtype):
@@ -433,8 +428,6 @@ def validate():
     A peak is resident memory above the process before the models. The 5m model goes first: its surplus of some 35 MiB
     is the code that it loads.
     """
-    import step  # benchmarks/step.py: its random checkpoints, videos and meter
-
     step.SIZES["small"] = (dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
                                 num_key_value_heads=2, vocab_size=32000), 32,
                            dict(depth=4, hidden_size=256, num_heads=4, intermediate_size=512,
@@ -463,8 +456,6 @@ def validate():
 
 def measured_iterations(settings, cell, meter, device):
     """-> (the prompt, {phase: MiB})"""
-    import step
-
     run = invert4tvg.make_run(settings, device, [], None, None)
     optimizer_step = run.optimizer.step
 

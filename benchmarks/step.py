@@ -87,6 +87,11 @@ class Cell(NamedTuple):
 # ------------------------------------------------------------------------------------------------ what is measured on
 
 
+def sections(half):
+    """-> how many of `half` a head's rotary frequencies time, height and width have: [16, 24, 24] of 64."""
+    return [half // 4, half * 3 // 8, half * 3 // 8]
+
+
 def make_checkpoint(folder, size, device):
     """Write a random Qwen2.5-VL with a byte tokenizer in the Hugging Face layout -> its number of parameters."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -98,11 +103,10 @@ def make_checkpoint(folder, size, device):
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
            for name in ("im_end", "vision_start", "vision_end", "image_pad", "video_pad")}
     text, half, vision = SIZES[size]
-    sections = [half // 4, half * 3 // 8, half * 3 // 8]  # rotary frequencies of time, height, width: [16, 24, 24]
     config = Qwen2_5_VLConfig(
         text_config=text | dict(
             bos_token_id=None, eos_token_id=ids["im_end"], pad_token_id=None,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}),
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections(half)}),
         vision_config=dict(out_hidden_size=text["hidden_size"], tokens_per_second=2) | vision,
         tie_word_embeddings=size == "3b", video_token_id=ids["video_pad"], image_token_id=ids["image_pad"],
         vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"])
