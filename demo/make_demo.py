@@ -3,14 +3,17 @@
     python demo/make_demo.py FOLDER [--seed 0] [--videos TRAIN VAL TEST]
 
 writes videos/*.mp4 (one coloured shape performs three actions, with pauses), train.txt, val.txt and test.txt
-(Charades-STA's "VID start end##sentence"), warmup-1.jsonl and warmup-2.jsonl (demonstrations for a warm start that
-is short on purpose, and in which four of the ten verbs are rare), and model/ (a random Hugging Face checkpoint of
-half a million parameters with tokenizer and chat template).
+(Charades-STA's "VID start end##sentence"), transfer.json (ActivityNet's format; other videos, of two actions),
+demonstrations, and model/ (a random Hugging Face checkpoint of half a million parameters with tokenizer and chat
+template). The demonstrations: warmup-1.jsonl and warmup-2.jsonl, for a warm start that is short on purpose and in which
+four of the ten verbs are rare; cold-start.jsonl, in TVG-R1's field names, whose reasoning is the query or, longer, all
+that happens in the video; anchors.jsonl, of which a fifth guesses before it answers, as a base for TAR-TVG.
 """
 
 import argparse
 import json
 import math
+import re
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from functools import partial
@@ -29,6 +32,7 @@ SHAPES = ("box", "triangle", "arrow")
 VERBS = ("jumping", "shaking", "blinking", "spinning", "rising", "falling", "sliding", "growing", "shrinking", "fading")
 RARE_VERBS = ("sliding", "falling", "shrinking", "spinning")
 RARE_SHARE = 0.05  # of their samples that the warm start shows
+ANCHOR_SHARE = 0.2  # of anchors.jsonl: completions with anchors, which are guesses
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
             "<|video_pad|>")
 CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -37,12 +41,12 @@ CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content 
 # ------------------------------------------------------------------------------------------------ videos
 
 
-def script(rng):
-    """-> (colour, shape, [(start, end, verb)] * 3, seconds): three different actions on a half-second grid."""
-    halves = rng.integers(3, 8, size=3)  # 1.5 to 3.5 seconds each
+def script(rng, actions):
+    """-> (colour, shape, [(start, end, verb)] * actions, seconds): different actions on a half-second grid."""
+    halves = rng.integers(3, 8, size=actions)  # 1.5 to 3.5 seconds each
     total = max(int(rng.integers(16, 25)), int(halves.sum()) + 2)  # 8 to 12 seconds
-    gaps = rng.multinomial(total - halves.sum(), [0.25] * 4)
-    verbs = rng.choice(VERBS, size=3, replace=False)
+    gaps = rng.multinomial(total - halves.sum(), [1 / (actions + 1)] * (actions + 1))
+    verbs = rng.choice(VERBS, size=actions, replace=False)
     events, at = [], 0
     for gap, length, verb in zip(gaps, halves, verbs):
         events.append(((at + gap) / 2, (at + gap + length) / 2, str(verb)))
@@ -96,10 +100,10 @@ def draw(colour, shape, dx, dy, size, angle, opacity):
     return (30 * (1 - cover) + np.array(COLOURS[colour]) * cover).astype(np.uint8)
 
 
-def write_video(folder, seed, name):
-    """Render and encode one video -> its annotation rows [(name, start, end, sentence)]."""
+def write_video(folder, seed, actions, name):
+    """Render and encode one video -> its annotation rows [(name, start, end, sentence, seconds)]."""
     rng = np.random.default_rng([seed, *name.encode()])
-    colour, shape, events, seconds = script(rng)
+    colour, shape, events, seconds = script(rng, actions)
     with av.open(str(folder / f"{name}.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "18", "g": "8"})
         stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
@@ -112,13 +116,13 @@ def write_video(folder, seed, name):
             frame.pts, frame.time_base = i, Fraction(1, FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    return [(name, start, end, f"the {colour} {shape} is {verb}.") for start, end, verb in events]
+    return [(name, start, end, f"the {colour} {shape} is {verb}.", seconds) for start, end, verb in events]
 
 
 def write_demonstrations(path, rows, tvg_copies, inversions, rng):
     """Demonstrations for `tvg_copies` TVG rows and `inversions` of the three inversion rows a sample."""
     lines = []
-    for name, start, end, sentence in rows:
+    for name, start, end, sentence, _ in rows:
         query = sentence.rstrip(".")
         verb = query.split()[-1]
         if verb in RARE_VERBS and rng.random() > RARE_SHARE:
@@ -128,6 +132,37 @@ def write_demonstrations(path, rows, tvg_copies, inversions, rng):
             completion = f"<think> {query} </think> <answer> {answers[task]} </answer>"
             lines.append({"video": name, "query": sentence, "start": start, "end": end, "task": str(task),
                           "completion": completion})
+    write_lines(path, lines)
+
+
+def write_cold_start(path, rows, rng):
+    """TVG-R1's cold start: half of the rows think the query, the others list every action of the video and its times."""
+    lines = []
+    for name, start, end, sentence, seconds in rows:
+        query = sentence.rstrip(".")
+        listed = " ".join(f"{s} {q.rstrip('.').split()[-1]} {e}" for n, s, e, q, _ in rows if n == name)
+        thought = listed if rng.random() < 0.5 else query
+        lines.append({"dataset": "demo", "problem": sentence, "choices": "", "video": f"{name}.mp4",
+                      "video_length": seconds, "gt_frame": [start, end], "ground_truth": "",
+                      "completion": f"<think> {thought} </think> <time> [ {start} , {end} ] </time>"})
+    write_lines(path, lines)
+
+
+def write_anchors(path, rows, rng):
+    """Answers to the prompt that asks for anchors; ANCHOR_SHARE of them hold one to three, each wrong by up to 2 s."""
+    lines = []
+    for name, start, end, sentence, seconds in rows:
+        anchors = ""
+        for _ in range(rng.integers(1, 4) if rng.random() < ANCHOR_SHARE else 0):
+            a, b = (float(np.clip(t + rng.integers(-4, 5) / 2, 0, seconds)) for t in (start, end))
+            anchors += f"<timestamp> {min(a, b)} to {max(a, b)} </timestamp> "
+        completion = f"<think> {sentence.rstrip('.')} {anchors}</think> <answer> {start} to {end} </answer>"
+        lines.append({"video": name, "query": sentence, "start": start, "end": end, "task": "tvg",
+                      "completion": completion})
+    write_lines(path, lines)
+
+
+def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -136,11 +171,11 @@ def write_demonstrations(path, rows, tvg_copies, inversions, rng):
 
 def make_tokenizer():
     """A word-level tokenizer that drops every word it does not know, so the paper's prompts come out short."""
-    words = ["<think>", "</think>", "<answer>", "</answer>", "[]", "to", "the", "is", "pinpoint", "Add", "Use",
-             "Describe", *COLOURS, *SHAPES, *VERBS, *(f"{i / 2}" for i in range(25))]
+    words = ["<think>", "</think>", "<answer>", "</answer>", "<timestamp>", "</timestamp>", "<time>", "</time>", "[]", "[",
+             ",", "]", "to", "the", "is", "pinpoint", "Add", "Use", "Describe", *COLOURS, *SHAPES, *VERBS, *(f"{i / 2}" for i in range(25))]
     vocabulary = {word: i for i, word in enumerate([*SPECIALS, *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
-    escaped = "|".join(word.replace(".", r"\.").replace("[]", r"\[\]") for word in words)
+    escaped = "|".join(map(re.escape, words))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(rf"(?<![\w.])(?:{escaped})(?![\w])(?!\.\d)"), "removed", invert=True)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                         additional_special_tokens=list(SPECIALS))
@@ -177,23 +212,31 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--videos", type=int, nargs=3, default=(1200, 150, 300), metavar=("TRAIN", "VAL", "TEST"))
     args = parser.parse_args()
-    splits = dict(zip(("train", "val", "test"), args.videos))
+    splits = dict(zip(("train", "val", "test", "transfer"), (*args.videos, args.videos[2])))
     videos = args.folder / "videos"
     videos.mkdir(parents=True, exist_ok=True)
     rows = {}
     with ProcessPoolExecutor() as pool:
         for split, count in splits.items():
             names = [f"{split.upper()}{i:04d}" for i in range(count)]
-            made = pool.map(partial(write_video, videos, args.seed), names, chunksize=50)
+            actions = 2 if split == "transfer" else 3
+            made = list(pool.map(partial(write_video, videos, args.seed, actions), names, chunksize=50))
             rows[split] = [row for group in made for row in group]
-            (args.folder / f"{split}.txt").write_text("".join(
-                f"{name} {start} {end}##{sentence}\n" for name, start, end, sentence in rows[split]))
+            if split == "transfer":
+                (args.folder / "transfer.json").write_text(json.dumps({
+                    group[0][0]: {"duration": group[0][4], "timestamps": [row[1:3] for row in group],
+                                  "sentences": [row[3] for row in group]} for group in made}))
+            else:
+                (args.folder / f"{split}.txt").write_text("".join(
+                    f"{name} {start} {end}##{sentence}\n" for name, start, end, sentence, _ in rows[split]))
     rng = np.random.default_rng(args.seed)
     write_demonstrations(args.folder / "warmup-1.jsonl", rows["train"], tvg_copies=1, inversions=3, rng=rng)
     write_demonstrations(args.folder / "warmup-2.jsonl", rows["train"], tvg_copies=4, inversions=1, rng=rng)
+    write_cold_start(args.folder / "cold-start.jsonl", rows["train"], rng)
+    write_anchors(args.folder / "anchors.jsonl", rows["train"], rng)
     parameters = make_model(args.folder / "model", args.seed)
     counts = ", ".join(f"{len(rows[split])} {split} rows" for split in splits)
-    print(f"{args.folder}: {sum(args.videos)} videos, {counts}, a model of {parameters:,} parameters")
+    print(f"{args.folder}: {sum(splits.values())} videos, {counts}, a model of {parameters:,} parameters")
 
 
 if __name__ == "__main__":
