@@ -1,6 +1,6 @@
-"""Annotations, videos, prompts and the task sampler: everything between files on disk and the model's inputs.
+"""Annotations, prompts and the task sampler: everything between files on disk and the model's inputs.
 
-    annotation row -> Sample -> task (TaskSampler, Eq. 13) -> Clip (read_video) -> prompt ids, positions, patches
+    annotation row -> Sample -> task (TaskSampler, Eq. 13) -> Clip (video.py) -> prompt ids, positions, patches
 
 T frames of H x W pixels; two frames make one grid step, and 28 x 28 pixels of it one visual token. Times are seconds.
 """
@@ -11,18 +11,14 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import av
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from video import Clip, VideoError, read_video, video_duration
+
 PATCH, MERGE, TEMPORAL = 14, 2, 2  # Qwen2.5-VL: patches of 14 x 14 pixels x 2 frames, 2 x 2 of them are one token
-SIDE = PATCH * MERGE  # frame sides are multiples of 28 pixels
-MAX_PIXELS = 3584 * SIDE**2  # a video's budget over its two-frame grids: 3,584 tokens (Appendix C: "2.8 million")
-MIN_FRAME_PIXELS, MAX_FRAME_PIXELS = 16 * SIDE**2, 768 * SIDE**2
-MAX_FRAMES = 768
 INVERSION_TASKS = ("vc", "ar", "vd")
 MAX_ATTEMPTS = 8  # draws for one slot before unreadable videos stop the run
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -201,222 +197,6 @@ def prepare_training(samples):
             kept.append(replace(s, end=end))
             clamped += end < s.end
     return kept, clamped, len(samples) - len(kept)
-
-
-@functools.lru_cache(maxsize=None)
-def video_duration(path):
-    """Seconds from a container's header; None where it states none or cannot be opened."""
-    try:
-        with av.open(path) as container:
-            return container.duration / av.time_base if container.duration else None
-    except (av.error.FFmpegError, OSError):
-        return None
-
-
-# ------------------------------------------------------------------------------------------------ videos
-
-
-class VideoError(RuntimeError):
-    """A video file that cannot be read; the message names it."""
-
-
-class Clip(NamedTuple):
-    """Sampled frames (T, 3, H, W) uint8, their true times (T,) in the video's seconds, and the sampling rate in Hz."""
-
-    frames: torch.Tensor
-    times: np.ndarray  # not a tensor: a worker hands each of those over by a connection of its own
-    fps: float
-
-
-def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=None, end=None,
-               min_frame_pixels=MIN_FRAME_PIXELS, max_frame_pixels=MAX_FRAME_PIXELS):
-    """Sample the frames nearest to t = start + k / fps seconds, up to `end` (default: the whole video).
-
-    T is even, 2 to 768. A segment shorter than two frames is widened to 1 / fps seconds; a count that comes out odd
-    is rounded up, its last target being `end` itself; over 768 frames the whole is sampled at a lower rate, which
-    `fps` of the result states. With `start`, decoding begins at the key frame before it; what no wanted frame needs
-    is not decoded, and only wanted frames are converted, to RGB and their size in one pass.
-
-    Raises VideoError naming the file when it cannot be decoded.
-    """
-    try:
-        with av.open(str(path)) as container:
-            video, start = _Timed(container), start or 0.0
-            end = math.inf if end is None else max(end, start + 1 / fps)
-            packets, at_end, seek_to = _scan_packets(video, start, end)
-            known = np.sort([t for t, _, _ in packets])
-            if at_end:
-                end = min(end, known[-1] + ((known[-1] - known[0]) / max(1, len(known) - 1) or 1 / fps))
-            targets, fps = _targets(start, end, fps)
-            size = functools.cache(functools.partial(
-                fit_size, frames=len(targets), max_pixels=max_pixels,
-                min_frame_pixels=min_frame_pixels, max_frame_pixels=max_frame_pixels))
-            nearest, plan = _plan(packets, known, targets, video.decoder.has_b_frames)
-            for plan in (plan, {}) if plan else ({},):
-                video.seek(min(seek_to, targets[0]))
-                frames, times = _decode_nearest(video, plan, targets, size)
-                if len(times) and (abs(times - targets) <= abs(nearest - targets)).all():
-                    break  # else a wanted packet held no frame, or a damaged one: then look at every frame there is
-            if not len(times):
-                raise ValueError("no frame of it decodes")
-    except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
-        raise VideoError(f"{path}: cannot be decoded as a video ({error}).") from error
-    return Clip(torch.from_numpy(frames), times, fps)
-
-
-class _Timed:
-    """A container's first video stream, seen in seconds from the player's zero."""
-
-    def __init__(self, container):
-        self.container, self.stream = container, container.streams.video[0]
-        self.unit, self.origin = float(self.stream.time_base), (container.start_time or 0) / av.time_base
-        self.decoder = self.stream.codec_context
-        if self.decoder is None:
-            raise ValueError("its codec is unknown")
-        # Workers, where torch has one thread, are the parallelism; in a process alone, more pay on large frames.
-        pixels = self.decoder.width * self.decoder.height
-        self.decoder.thread_count = min(16, torch.get_num_threads(), 1 + pixels // 2**17)
-        self.decoder.thread_type = "FRAME"
-        self.decoder.open()  # before anything is skipped: dav1d (AV1) keeps to what it is opened with
-
-    def seconds(self, stamp):
-        return stamp * self.unit - self.origin
-
-    def time_of(self, packet_or_frame):
-        """Presentation time; some containers (AVI) state only the decoding time."""
-        x = packet_or_frame
-        stamp = x.dts if x.pts is None else x.pts
-        return None if stamp is None else self.seconds(stamp)
-
-    def seek(self, t):
-        self.container.seek(int((t + self.origin) / self.unit), stream=self.stream, backward=True)
-
-    def frames(self, plan):
-        """Decode from here on, as `plan` (see `_plan`) says where it says anything, in the order of presentation."""
-        wanted, gap = sum(skip == "DEFAULT" for skip in plan.values()), False
-        for packet in self.container.demux(self.stream):
-            skip = plan.get(packet.pts)
-            if skip == "ALL":
-                gap = True
-                continue
-            if gap:  # the next packet is a key frame: go on as after a seek
-                yield from self.decoder.decode(None)
-                self.decoder.flush_buffers()
-                gap = False
-            self.decoder.skip_frame = skip or "DEFAULT"
-            yield from packet.decode()
-            wanted -= skip == "DEFAULT"
-            if plan and not wanted:
-                yield from self.decoder.decode(None)
-                break
-
-
-def _scan_packets(video, start, end):
-    """Packets from the key frame before `start` to `end`, by demultiplexing alone: nothing is decoded.
-
-    Headers lie about duration and rate often enough that only packets are believed. Returns ([(time, time stamp in
-    the stream's units or None, whether a key frame)] in decoding order, whether the file ended, the time to seek to).
-    """
-    for seek_to in (max(0.0, start - back) for back in (0, 4, 16, math.inf)):
-        packets, at_end = [], True
-        video.seek(seek_to)
-        for packet in video.container.demux(video.stream):
-            t = video.time_of(packet)
-            if packet.size and t is not None and (packets or packet.is_keyframe or not seek_to):
-                packets.append((t, packet.pts, packet.is_keyframe))
-            # Packets come in decoding order: once dts is past `end`, so is every later presentation time.
-            if packet.dts is not None and video.seconds(packet.dts) > end:
-                at_end = False
-                break
-        if not start or packets and packets[0][0] <= start:  # MPEG-TS seeks past the key frame: then further back
-            break
-    if not packets:
-        raise ValueError("it holds no frame")
-    return packets, at_end, seek_to
-
-
-def _targets(start, end, fps):
-    """-> (target times (T,), true fps) for [start, end]; T even, 2 to MAX_FRAMES."""
-    start = max(0.0, min(start, end - 1 / fps))  # a segment at the very end is widened to the left
-    count = math.ceil((end - start) * fps - 1e-6)
-    count = min(MAX_FRAMES, max(2, count + count % 2))
-    if count == MAX_FRAMES:
-        fps = min(fps, MAX_FRAMES / (end - start))
-    return np.minimum(start + np.arange(count) / fps, end), fps
-
-
-def _plan(packets, known, targets, reordered):
-    """-> (the nearest to each target of the `known` times, how to decode the frames there by their time stamps)
-
-    How: "DEFAULT", wanted; "NONREF", needed only if other frames may refer to it; "ALL", left out, as nothing wanted
-    follows before the next key frame. Empty, which is to decode everything, when stamps do not tell packets apart or,
-    frames being `reordered`, are in the order of decoding (AVI).
-    """
-    i = np.searchsorted(known, targets)
-    before, after = known[np.maximum(i - 1, 0)], known[np.minimum(i, len(known) - 1)]
-    nearest = np.where(abs(targets - before) <= abs(after - targets), before, after)
-    stamps = [stamp for _, stamp, _ in packets]
-    if None in stamps or len(set(stamps)) < len(stamps) or reordered and stamps == sorted(stamps):
-        return nearest, {}
-    wanted, plan, needed, earliest = set(nearest), {}, False, math.inf
-    for t, stamp, is_key in reversed(packets):
-        if t in wanted:
-            needed, earliest = True, min(earliest, t)
-        plan[stamp] = "DEFAULT" if t in wanted else "NONREF" if needed else "ALL"
-        if is_key:  # what comes after it in the file and before it on the screen refers to frames before it
-            needed, earliest = earliest < t, math.inf
-    return nearest, plan
-
-
-def _decode_nearest(video, plan, targets, size):
-    """Decode from here on; convert only the frames nearest to the targets -> ((T, 3, H, W) uint8, times (T,))."""
-    images, times, before = [], [], None
-    reformatter = av.video.reformatter.VideoReformatter()  # one scaler a video: making it costs more than using it
-
-    def keep(t, frame):
-        if times and times[-1] == t:  # low frame rates: one frame is nearest to several targets
-            images.append(images[-1])
-        else:
-            quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise, from the container's display matrix
-            turned = quarter_turns % 2
-            height, width = size(*((frame.width, frame.height) if turned else (frame.height, frame.width)))
-            stored = (height, width) if turned else (width, height)
-            image = reformatter.reformat(frame, *stored, format="rgb24", interpolation="BICUBIC", threads=1)
-            images.append(np.rot90(image.to_ndarray(), quarter_turns).transpose(2, 0, 1))
-        times.append(t)
-
-    for frame in video.frames(plan):
-        t = video.time_of(frame)
-        if t is None:
-            continue
-        while len(times) < len(targets) and targets[len(times)] <= t:
-            target = targets[len(times)]
-            keep(*(before if before and target - before[0] <= t - target else (t, frame)))
-        before = (t, frame)
-        if len(times) == len(targets):
-            break
-    while before and len(times) < len(targets):  # targets after the last frame
-        keep(*before)
-    return np.array(images, order="C"), np.array(times)
-
-
-def fit_size(height, width, frames, max_pixels=MAX_PIXELS, min_frame_pixels=MIN_FRAME_PIXELS,
-             max_frame_pixels=MAX_FRAME_PIXELS):
-    """-> (height, width), multiples of 28 near the aspect ratio, for `frames` frames within the video's budget.
-
-    The budget counts two-frame grids, so a frame may hold 2 * max_pixels / frames pixels, at most `max_frame_pixels`.
-    That limit is never below `min_frame_pixels` (by default 16 tokens a grid): beyond 448 frames, 224 s at 2 FPS, a
-    long video therefore exceeds `max_pixels` (up to 6,144 tokens at 768 frames) instead of becoming unrecognisable.
-    """
-    most = max(min(max_frame_pixels, 2 * max_pixels // frames), min_frame_pixels)
-    h, w = max(SIDE, round(height / SIDE) * SIDE), max(SIDE, round(width / SIDE) * SIDE)
-    if h * w < min_frame_pixels:
-        scale = math.sqrt(min_frame_pixels / (height * width))
-        h, w = (math.ceil(side * scale / SIDE) * SIDE for side in (height, width))
-    if h * w > most:
-        scale = math.sqrt(most / (height * width))
-        h, w = (max(SIDE, math.floor(side * scale / SIDE) * SIDE) for side in (height, width))
-    return h, w
 
 
 # ------------------------------------------------------------------------------------------------ model inputs

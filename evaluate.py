@@ -5,21 +5,13 @@
 Greedy decoding, every part of it explicit: nothing is inherited from a checkpoint's generation config. Each row's
 prediction is appended to a jsonl file, so an interrupted evaluation goes on where it stopped; under torchrun each of
 W ranks takes every W-th row. A video that cannot be read scores 0 and is listed; no row is ever dropped.
-
-The settings and the process set-up that training shares with evaluation stand here too.
 """
 
-import argparse
 import dataclasses
-import datetime
 import json
 import math
-import os
 import signal
-import sys
-import time
-import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,21 +23,12 @@ from tqdm import tqdm
 import data
 import grpo
 import rewards
+import runtime
+import video
+from runtime import UserError, flag, option, say
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 TASKS = rewards.TASKS
-
-
-class UserError(Exception):
-    """Something the user can mend; its one sentence is all that `main` prints."""
-
-
-# ------------------------------------------------------------------------------------------------ settings
-
-
-def flag(default, help, choices=None):
-    """A dataclass field that becomes the command-line option of its name."""
-    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -61,11 +44,11 @@ class Settings:
     single_window: bool = flag(False, "QVHighlights: keep only queries with one relevant window")
     allow_missing_videos: bool = flag(False, "go on when video files are missing")
     fps: float = flag(2.0, "frames sampled a second; Section 3.1")
-    max_pixels: int = flag(data.MAX_PIXELS, "pixels a video over its two-frame grids, 784 a token; released code "
+    max_pixels: int = flag(video.MAX_PIXELS, "pixels a video over its two-frame grids, 784 a token; released code "
                            "(Appendix C: about 2.8 million)")
-    min_frame_pixels: int = flag(data.MIN_FRAME_PIXELS, "least pixels a frame, stronger than --max-pixels; released "
+    min_frame_pixels: int = flag(video.MIN_FRAME_PIXELS, "least pixels a frame, stronger than --max-pixels; released "
                                  "code")
-    max_frame_pixels: int = flag(data.MAX_FRAME_PIXELS, "most pixels a frame; released code")
+    max_frame_pixels: int = flag(video.MAX_FRAME_PIXELS, "most pixels a frame; released code")
     max_new_tokens: int = flag(1024, "most tokens a completion; released code")
     inversion_format: str = flag("think", "format of VC, AR and VD answers: think and answer (Eq. 9, 11), or answer "
                                  "alone (released code)", choices=("think", "answer"))
@@ -104,61 +87,7 @@ class EvalSettings(Settings):
                         "bootstrap interval over videos")
 
 
-def option(name):
-    return "--" + name.replace("_", "-")
-
-
-def parse_settings(cls, description, argv=None):
-    """Build the command line from a dataclass of `flag`s and parse it; a mistake prints one sentence and exits 2."""
-    parser = argparse.ArgumentParser(description=description, usage="%(prog)s [options]", allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists every option.\n")
-    for f in dataclasses.fields(cls):
-        shown = " ".join(map(str, f.default)) if f.type is tuple else str(f.default)
-        kind = {"help": f.metadata["help"] + (f" [{shown}]" if shown else ""), "default": f.default}
-        if f.type is bool:
-            kind["action"] = argparse.BooleanOptionalAction
-        elif f.type is tuple:
-            kind |= {"nargs": "+", "choices": f.metadata["choices"], "type": type(f.default[0])}
-            kind["metavar"] = None if f.metadata["choices"] else type(f.default[0]).__name__.upper()
-        else:
-            kind |= {"type": f.type, "choices": f.metadata["choices"]}
-            kind["metavar"] = None if f.metadata["choices"] else f.type.__name__.upper()
-        parser.add_argument(option(f.name), **kind)
-    values = vars(parser.parse_args(argv))
-    settings = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    try:
-        settings.check()
-    except UserError as error:
-        parser.error(str(error).rstrip("."))
-    return settings
-
-
-# ------------------------------------------------------------------------------------------------ processes, model
-
-
-def setup_distributed():
-    """Join the process group torchrun describes, or make one of a single process -> the device of this rank.
-
-    One process, gloo on CPUs and NCCL on GPUs all run the same code; only the world size differs.
-    """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda and device.index >= torch.cuda.device_count():
-        sys.exit(f"torchrun started more processes than there are GPUs ({torch.cuda.device_count()}); lower "
-                 "--nproc_per_node.")
-    if cuda:
-        torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # Ranks wait for each other's videos and evaluations: longer than NCCL's ten minutes.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2), **alone)
-    return device
-
-
-def say(text):
-    """Print once, from rank 0."""
-    if dist.get_rank() == 0:
-        tqdm.write(text, file=sys.stdout)
+# ------------------------------------------------------------------------------------------------ prompts and samples
 
 
 def build_prompt(model, processor, sample, item, inversion_format):
@@ -284,7 +213,7 @@ class EvaluationClips(Dataset):
         row, task = self.jobs[i]
         try:
             return data.Item(row, task, data.read_clip(self.samples[row], task, **self.limits))
-        except data.VideoError as error:
+        except video.VideoError as error:
             return data.Item(row, task, None, [str(error)])
 
 
@@ -311,7 +240,7 @@ def read_predictions(output):
 def evaluate(load, samples, rows, tasks, settings, output):
     """Predict what `output` does not hold yet, on all ranks together -> metrics (on every rank).
 
-    `load` is called only when a row is missing and returns (model, grpo.Processor); `rows` are indices into `samples`.
+    `load` is called only when a row is missing and returns (model, runtime.Processor); `rows` are indices into `samples`.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     output = Path(output)
@@ -382,7 +311,7 @@ def same_run(settings, output):
     record, now = Path(output) / "settings.json", dataclasses.asdict(settings)
     for name in ("against", "workers", "output", "allow_missing_videos", "micro_batch"):
         now.pop(name)
-    now["model"] = str(grpo.newest_checkpoint(settings.model) or settings.model)  # a run's folder moves on
+    now["model"] = str(runtime.newest_checkpoint(settings.model) or settings.model)  # a run's folder moves on
     now = json.loads(json.dumps(now))  # tuples become lists
     held = any(Path(output).glob("predictions*.jsonl")) and record.exists()
     if held and (before := json.loads(record.read_text())) != now:
@@ -394,40 +323,11 @@ def same_run(settings, output):
         record.write_text(json.dumps(now, indent=2) + "\n")
 
 
-def run(program, settings):
-    """Run `program(settings, device)` in the process group; a user's mistake ends it with one sentence, status 1."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forked
-    device = setup_distributed()
-    try:
-        program(settings, device)
-    except KeyboardInterrupt:
-        status = 130
-    except (UserError, data.VideoError, ImportError, OSError) as error:
-        # What every rank finds is said once; an unreadable video is found by the rank whose slot it was.
-        if dist.get_rank() == 0 or isinstance(error, data.VideoError):
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(5)  # torchrun ends all ranks with the first: let rank 0 speak
-        status = 1
-    except BaseException:
-        if dist.get_world_size() == 1:
-            raise
-        traceback.print_exc()
-        status = 1
-    else:
-        dist.destroy_process_group()
-        return
-    if dist.get_world_size() > 1:
-        os._exit(status)  # leaving the group in good order would wait for ranks that wait for this one
-    dist.destroy_process_group()
-    sys.exit(status)
-
-
 def main(settings, device):
     samples = load_samples(settings)
     same_run(settings, settings.output)
     rows = evenly_spaced(len(samples), settings.limit)
-    metrics = evaluate(lambda: grpo.load_model(settings.model, device), samples, rows, settings.tasks, settings,
+    metrics = evaluate(lambda: runtime.load_model(settings.model, device), samples, rows, settings.tasks, settings,
                        settings.output)
     say(f"{settings.output}\n{format_metrics(metrics)}")
     for name in ("rows", "without a span", "reversed spans", "unreadable"):
@@ -438,4 +338,4 @@ def main(settings, device):
 
 
 if __name__ == "__main__":
-    run(main, parse_settings(EvalSettings, __doc__))
+    runtime.run(main, runtime.parse_settings(EvalSettings, __doc__))

@@ -16,58 +16,14 @@ The result equals G separate rows (tests/test_grpo.py) for an eighth of the prom
 import functools
 import itertools
 import types
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import AttentionInterface
 
 LOGITS = 2**25  # float32 logits that exist at one time: 220 positions of the published vocabulary
-
-
-class Processor(NamedTuple):
-    """What stands between text, pixels and a checkpoint's tensors."""
-
-    tokenizer: object
-    pixels: dict  # the checkpoint's preprocessor_config.json: image_mean and image_std of a pixel in [0, 1]
-    eos: torch.Tensor  # ids that end a completion
-    banned: torch.Tensor  # ids never sampled: they would ask for video features
-
-
-def newest_checkpoint(folder):
-    """-> the newest complete checkpoint in a run's output folder, or None."""
-    return max(Path(folder).glob("checkpoint-[0-9]*[0-9]"), default=None)
-
-
-def load_model(name, device):
-    """Load Qwen2.5-VL and what belongs to it -> (model, Processor); bfloat16 on GPUs, float32 on CPUs.
-
-    Raises OSError, one sentence, when there is no such checkpoint.
-    """
-    path = newest_checkpoint(name) or name
-    try:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        pixels, _ = ImageProcessingMixin.get_image_processor_dict(path)
-        if not {"image_mean", "image_std"} <= pixels.keys():
-            raise ValueError("its preprocessor_config.json states no image_mean and image_std")
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise OSError(f"--model {name}: no Qwen2.5-VL checkpoint could be loaded ({reason}); give a folder that holds "
-                        "one or a hub id that this machine can reach.") from error
-    if model.config.model_type != "qwen2_5_vl":
-        raise OSError(f"--model {name}: is a {model.config.model_type}; only Qwen2.5-VL is supported.")
-    speed_up(model)
-    ends = model.generation_config.eos_token_id or []
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    as_ids = lambda ids: torch.tensor(sorted(ids), device=device)  # noqa: E731
-    banned = {model.config.video_token_id, model.config.image_token_id}
-    return model.to(device), Processor(tokenizer, pixels, as_ids(ends), as_ids(banned))
 
 
 class Prompt(NamedTuple):

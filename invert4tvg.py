@@ -12,11 +12,9 @@ the completions, each a group of one with advantage 1 and no KL.
 The README lists where this departs from the paper and which flag goes back.
 """
 
-import dataclasses
 import json
 import math
 import shutil
-import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -36,7 +34,9 @@ import data
 import evaluate
 import grpo
 import rewards
-from evaluate import UserError, flag, option, say
+import runtime
+from runtime import UserError, flag, option, say
+from video import VideoError
 
 
 @dataclass(frozen=True)
@@ -105,70 +105,6 @@ class Config(evaluate.Settings):
                 raise UserError(f"{option(name)} has no meaning with --demonstrations; leave one of them out.")
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def save_checkpoint(config, iteration, model, processor, optimizer):
-    """Write checkpoint-<iteration> in the Hugging Face layout, with each rank's share of the optimiser's state.
-
-    It is written under another name and renamed when complete, so a crash never leaves a half checkpoint behind.
-    """
-    rank, final = dist.get_rank(), Path(config.output) / f"checkpoint-{iteration:06d}"
-    partial = final.with_suffix(".partial")
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        processor.tokenizer.save_pretrained(partial)
-        (partial / "preprocessor_config.json").write_text(json.dumps(processor.pixels, indent=2))
-        (partial / "run.json").write_text(json.dumps({"iteration": iteration, "config": dataclasses.asdict(config)}))
-    dist.barrier()
-    names = {p: name for name, p in model.named_parameters()}
-    torch.save({names[p]: state for p, state in optimizer.optim.state.items()}, partial / f"optimizer.{rank}.pt")
-    dist.barrier()
-    if rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in sorted(Path(config.output).glob("checkpoint-[0-9]*[0-9]"))[:-config.keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-
-
-def load_optimizer(checkpoint, model, optimizer):
-    """Give every parameter of this rank's shard its saved state, whatever number of ranks wrote it."""
-    names = {p: name for name, p in model.named_parameters()}
-    mine = {names[p]: p for group in optimizer.optim.param_groups for p in group["params"]}
-    for path in sorted(checkpoint.glob("optimizer.*.pt")):
-        for name, state in torch.load(path, map_location="cpu", mmap=True).items():
-            if name in mine:
-                moved = {k: v.to(model.device, copy=True) if torch.is_tensor(v) else v for k, v in state.items()}
-                optimizer.optim.state[mine.pop(name)] = moved
-
-
-def open_output(config):
-    """Prepare --output -> the checkpoint to resume from, or None. Raises UserError rather than mixing two runs."""
-    output, newest = Path(config.output), grpo.newest_checkpoint(config.output)
-    if newest and not config.resume:
-        raise UserError(f"--output {output} already holds {newest.name}; add --resume to go on from it, or name another "
-                        "folder.")
-    if config.resume and not newest:
-        raise UserError(f"--resume: no checkpoint in --output {output}; leave --resume out to start there.")
-    dist.barrier()  # every rank has looked before rank 0 writes
-    if dist.get_rank() == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        start = int(newest.name.split("-")[1]) if newest else 0
-        log = output / "metrics.jsonl"
-        lines = log.read_text().splitlines() if newest and log.exists() else []
-        lines = [line for line in lines if line.endswith("}")]  # a crash may have cut the last one off
-        log.write_text("".join(line + "\n" for line in lines if json.loads(line)["iteration"] < start))
-        (output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    if newest:
-        before = json.loads((newest / "run.json").read_text())["config"]
-        now = json.loads(json.dumps(dataclasses.asdict(config)))
-        changed = [option(k) for k in now if k != "resume" and before.get(k) != now[k]]
-        say(f"resuming from {newest}" + (f"; changed since: {', '.join(changed)}" if changed else ""))
-    return newest
-
-
 # ------------------------------------------------------------------------------------------------ Algorithm 1
 
 
@@ -191,7 +127,7 @@ class Run(NamedTuple):
     model: object  # the policy's Qwen2.5-VL
     policy: object  # DistributedDataParallel(grpo.Policy(model))
     reference: object  # grpo.Policy, frozen, or None
-    processor: grpo.Processor
+    processor: runtime.Processor
     optimizer: object
     samples: list
     completions: list | None  # of the demonstrations
@@ -287,14 +223,7 @@ def update(run, batches, lr):
             run.optimizer.param_groups[0]["lr"] = lr
             run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=False)  # None would take the gradients out of DDP's buckets: a copy more
-    return combine(metrics)
-
-
-def combine(rows):
-    """Dictionaries of metrics with different keys -> one: the mean over those that have a key, for `_max` the most."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: float((np.max if name.endswith("_max") else np.mean)([row[name] for row in rows if name in row]))
-            for name in names}
+    return runtime.combine(metrics)
 
 
 def load_data(config):
@@ -321,13 +250,13 @@ def load_data(config):
 def make_run(config, device, samples, completions, resume_from):
     """Load the policy, its frozen reference and the optimiser -> Run."""
     torch.manual_seed(config.seed)
-    model, processor = grpo.load_model(resume_from or config.model, device)
+    model, processor = runtime.load_model(resume_from or config.model, device)
     model.model.visual.requires_grad_(config.train_vision)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     reference = None
     if config.kl_coef and not completions:
-        reference, _ = grpo.load_model(config.model, device)
+        reference, _ = runtime.load_model(config.model, device)
         reference = grpo.Policy(reference.requires_grad_(False).eval(), processor.banned, config.temperature)
     temperature = 1.0 if completions else config.temperature
     # gradient_as_bucket_view: else the buckets are a second copy of the gradients. bucket_cap_mb_list: else the second
@@ -338,7 +267,7 @@ def make_run(config, device, samples, completions, resume_from):
         [p for p in model.parameters() if p.requires_grad], optimizer_class=grpo.MasterAdamW, lr=config.lr,
         betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay)
     if resume_from:
-        load_optimizer(resume_from, model, optimizer)
+        runtime.load_optimizer(resume_from, model, optimizer)
     return Run(config, model, policy, reference, processor, optimizer, samples, completions)
 
 
@@ -349,7 +278,7 @@ def train(config, device):
     held_out = []
     if config.eval_every:
         held_out = evaluate.load_samples(config, config.eval_annotations, config.eval_videos, "--eval-annotations")
-    resume_from = open_output(config)
+    resume_from = runtime.open_output(config)
     run = make_run(config, device, samples, completions, resume_from)
 
     prompts = config.micro_batch * config.accumulation * world  # an iteration's, over all ranks
@@ -365,8 +294,8 @@ def train(config, device):
     clips = data.TrainingClips(samples, sampler, tasks, **config.clip_limits())
     loader = iter(evaluate.make_loader(clips, config.workers, batch_sampler=[
         [(k, slot) for slot in sampler.slots] for k in range(start, total)]))
-    log = Log(config, start, total)
-    stop = StopSignal()
+    log = runtime.Log(config, start, total)
+    stop = runtime.StopSignal()
 
     for iteration in range(start, total):
         if config.eval_every and iteration % config.eval_every == 0:
@@ -378,7 +307,7 @@ def train(config, device):
         for failure in dict.fromkeys(failures):
             tqdm.write(f"redrawn: {failure}", file=sys.stderr)
         if any(item.clip is None for item in items):
-            raise data.VideoError(f"{data.MAX_ATTEMPTS} draws for one slot gave no readable video: {' '.join(failures)}")
+            raise VideoError(f"{data.MAX_ATTEMPTS} draws for one slot gave no readable video: {' '.join(failures)}")
 
         seed = np.random.SeedSequence([config.seed, 3, iteration, rank]).generate_state(1, np.uint64)[0]
         generator = torch.Generator(device).manual_seed(int(seed))
@@ -393,13 +322,13 @@ def train(config, device):
         stopping = stop.on_any_rank(device)
         done = iteration + 1
         if done % config.save_every == 0 or done == total or stopping:
-            save_checkpoint(config, done, run.model, run.processor, run.optimizer)
+            runtime.save_checkpoint(config, done, run.model, run.processor, run.optimizer)
         if stopping and done < total:
             say(f"stopped after iteration {done} of {total}; --resume goes on from {config.output}.")
             raise KeyboardInterrupt  # a script that called this must not take it for the end
     if config.eval_every:
         measure(run, held_out, total, log)
-    say(f"done: {grpo.newest_checkpoint(config.output)}")
+    say(f"done: {runtime.newest_checkpoint(config.output)}")
 
 
 def measure(run, held_out, iteration, log):
@@ -414,55 +343,5 @@ def measure(run, held_out, iteration, log):
     say(f"iteration {iteration}\n{evaluate.format_metrics(metrics)}")
 
 
-class StopSignal:
-    """Ctrl-C and SIGTERM let the iteration end and be saved; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.caught = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.catch)
-
-    def catch(self, number, frame):
-        self.caught = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def on_any_rank(self, device):
-        caught = torch.tensor(float(self.caught), device=device)
-        dist.all_reduce(caught)
-        return bool(caught)
-
-
-class Log:
-    """One line an iteration, averaged over ranks: metrics.jsonl, a progress bar, TensorBoard where installed."""
-
-    def __init__(self, config, start, total):
-        self.rank, self.board = dist.get_rank(), None
-        if self.rank == 0:
-            self.file = open(Path(config.output) / "metrics.jsonl", "a", encoding="utf-8")
-            self.bar = tqdm(total=total, initial=start, desc="training", dynamic_ncols=True)
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(config.output)
-            except ImportError:
-                pass  # optional: metrics.jsonl holds the same numbers
-
-    def write(self, iteration, task, metrics):
-        """Gather from all ranks (so every rank must call it) and write on rank 0."""
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, metrics)
-        if self.rank:
-            return
-        metrics = combine(gathered)
-        self.file.write(json.dumps({"iteration": iteration, "task": task} | metrics) + "\n")
-        self.file.flush()
-        if self.board:
-            for name, value in metrics.items():
-                self.board.add_scalar(name, value, iteration)
-        if task != "eval":
-            shown = metrics.get(f"{task}/total", metrics.get("nll"))
-            self.bar.set_postfix_str(f"{task} {'nll' if task == 'sft' else 'reward'} {shown:.3f}", refresh=False)
-            self.bar.update()
-
-
 if __name__ == "__main__":
-    evaluate.run(train, evaluate.parse_settings(Config, __doc__))
+    runtime.run(train, runtime.parse_settings(Config, __doc__))

@@ -6,7 +6,7 @@ Shapes as in grpo.py: G completions of C tokens each, a prompt of P tokens.
 import torch
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-import grpo
+import runtime
 
 PIXELS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 
@@ -16,7 +16,7 @@ class Repeated:
 
     def __init__(self, folder, cell, device):
         self.cell = cell
-        _, self.processor = grpo.load_model(folder, device)
+        _, self.processor = runtime.load_model(folder, device)
         self.model, self.reference = (Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, attn_implementation="sdpa")
             .to(device) for _ in range(2))

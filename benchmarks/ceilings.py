@@ -21,6 +21,7 @@ import step  # first: it puts the repository on the path
 import torch
 
 import grpo
+import runtime
 
 
 def seconds(run, device, repeats):
@@ -99,7 +100,7 @@ def main():
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         step.make_checkpoint(Path(folder), args.size, device)
-        model, processor = grpo.load_model(folder, device)
+        model, processor = runtime.load_model(folder, device)
     model.model.visual.requires_grad_(False)
     if args.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -13,7 +13,7 @@ shows its phase at that point, "ever" each row at its own highest: the cache or 
 
 "typical" has completions of --typical-tokens on average, from half to one and a half times that; "worst" has all of
 them cut off at --max-new-tokens. The prompt is the pixel budget's visual tokens and --text-tokens; the rare video of
-more than 224 s exceeds that budget (data.fit_size) and this estimate. GiB are 2**30 bytes of tensors; the caching
+more than 224 s exceeds that budget (video.fit_size) and this estimate. GiB are 2**30 bytes of tensors; the caching
 allocator reserves some more.
 """
 
@@ -40,11 +40,12 @@ from torch.utils._pytree import tree_map_only  # noqa: E402
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
 
 import data  # noqa: E402
-import evaluate  # noqa: E402
 import grpo  # noqa: E402
 import invert4tvg  # noqa: E402
+import runtime  # noqa: E402
 import step  # noqa: E402  benchmarks/step.py: shapes, random checkpoints, videos, meter
-from evaluate import UserError, flag, option  # noqa: E402
+import video  # noqa: E402
+from runtime import UserError, flag, option  # noqa: E402
 
 GiB = 2**30
 OUTSIDE = 1.5 * GiB  # of a card's nominal memory: what it hides (0.6), the CUDA context (0.5), NCCL (0.4); customary
@@ -78,7 +79,7 @@ def model_config(name):
     size = name.lower().removeprefix("qwen/qwen2.5-vl-").removesuffix("-instruct")
     if size not in PUBLISHED:
         try:
-            return AutoConfig.from_pretrained(grpo.newest_checkpoint(name) or name)
+            return AutoConfig.from_pretrained(runtime.newest_checkpoint(name) or name)
         except (OSError, ValueError) as error:
             raise UserError(f"--model {name}: no config was found there; give 3b, 7b or a checkpoint folder.") from error
     text, half, vision = step.SIZES[size]
@@ -211,7 +212,7 @@ class Work(NamedTuple):
 
 def plan(settings, worst):
     """-> Work, with a video that uses up the pixel budget."""
-    tokens, group = settings.max_pixels // data.SIDE**2, 1 if settings.demonstrations else settings.group_size
+    tokens, group = settings.max_pixels // video.SIDE**2, 1 if settings.demonstrations else settings.group_size
     steps = min(8, tokens)
     h = max(range(1, math.isqrt(tokens // steps) + 1), key=lambda h: (tokens // steps // h * h, h))
     grid = steps, data.MERGE * h, data.MERGE * (tokens // steps // h)
@@ -434,7 +435,7 @@ def validate():
                                 fullatt_block_indexes=[3]))
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
-    device, meter = evaluate.setup_distributed(), step.Meter(torch.device("cpu"))
+    device, meter = runtime.setup_distributed(), step.Meter(torch.device("cpu"))
     print(f"{'MiB':<14}{'estimated':>12}{'measured':>12}{'ratio':>12}")
     for size, cell in (("5m", step.Cell(256, 24)), ("small", step.Cell(128, 16)), ("small", step.Cell(2048, 64)),
                        ("small", step.Cell(1024, 256))):
@@ -485,7 +486,7 @@ def measured_iterations(settings, cell, meter, device):
 
 
 if __name__ == "__main__":
-    given = evaluate.parse_settings(Settings, __doc__)
+    given = runtime.parse_settings(Settings, __doc__)
     try:
         validate() if given.validate else report(given)
     except (UserError, ValueError) as error:

@@ -50,6 +50,8 @@ from transformers.utils import logging  # noqa: E402
 import baseline  # noqa: E402
 import data  # noqa: E402
 import grpo  # noqa: E402
+import runtime  # noqa: E402
+import video  # noqa: E402
 
 PHASES = {"sampling": "sampling", "reference": "reference pass", "policy": "policy, forward + backward",
           "step": "whole step"}
@@ -126,7 +128,7 @@ def make_video(tokenizer, tokens):
     sides = [(h, w) for h in range(1, 80) for w in range(h, 2 * h + 1) if GRIDS * h * w <= room - MIN_TEXT]
     h, w = max(sides, key=math.prod)
     noise = torch.Generator().manual_seed(0)
-    frames = torch.randint(0, 256, (2 * GRIDS, 3, data.SIDE * h, data.SIDE * w), generator=noise, dtype=torch.uint8)
+    frames = torch.randint(0, 256, (2 * GRIDS, 3, video.SIDE * h, video.SIDE * w), generator=noise, dtype=torch.uint8)
     return frames, ("When does the person open the door? " * 10)[:room - GRIDS * h * w]
 
 
@@ -145,8 +147,8 @@ class Shared:
 
     def __init__(self, folder, cell, device):
         self.cell, self.features = cell, None
-        self.model, self.processor = grpo.load_model(folder, device)
-        self.reference, _ = grpo.load_model(folder, device)
+        self.model, self.processor = runtime.load_model(folder, device)
+        self.reference, _ = runtime.load_model(folder, device)
 
     def sample(self, prompt):
         """-> (G, C) ids"""

@@ -9,8 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import evaluate  # noqa: E402
 import memory  # noqa: E402
+import runtime  # noqa: E402
 
 GiB = 2**30
 
@@ -82,7 +82,7 @@ def test_published_models_fit_eight_gpus(name, gpu):
 
 
 def test_the_command_line_prints_budget_measures_iterations_and_tokens(checkpoint, capsys):
-    settings = evaluate.parse_settings(memory.Settings, "", [
+    settings = runtime.parse_settings(memory.Settings, "", [
         "--model", str(checkpoint), "--max-pixels", str(64 * 784), "--max-new-tokens", "40", "--typical-tokens", "20",
         "--gpu-gb", "0.5", "--annotations", "none", "--rows", "100"])
     memory.report(settings)

@@ -20,9 +20,10 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
-from data import (MAX_PIXELS, Demonstration, Sample, TaskSampler, TrainingClips, VideoError, encode_prompt, fit_size,
-                  load_annotations, load_demonstrations, missing_videos, normalize_query, patchify, position_ids,
-                  prepare_training, prompt_text, read_clip, read_video)
+import video
+from data import (Demonstration, Sample, TaskSampler, TrainingClips, encode_prompt, load_annotations, load_demonstrations,
+                  missing_videos, normalize_query, patchify, position_ids, prepare_training, prompt_text, read_clip)
+from video import MAX_PIXELS, VideoError, fit_size, read_video
 
 ROWS = Path(__file__).parent / "data"
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -260,7 +261,7 @@ def shown(clip):
 @pytest.fixture
 def looked_at(monkeypatch):
     """The times of the frames decoded during a test."""
-    times, time_of = [], data._Timed.time_of
+    times, time_of = [], video._Timed.time_of
 
     def spy(self, x):
         t = time_of(self, x)
@@ -268,7 +269,7 @@ def looked_at(monkeypatch):
             times.append(t)
         return t
 
-    monkeypatch.setattr(data._Timed, "time_of", spy)
+    monkeypatch.setattr(video._Timed, "time_of", spy)
     return times
 
 
@@ -354,8 +355,8 @@ def test_only_what_wanted_frames_need_is_decoded(options, segment, most, tmp_pat
 
 def test_a_wanted_frame_that_does_not_come_gives_way_to_the_next_nearest(tmp_path, monkeypatch):
     path = make_video(tmp_path / "a.mp4", bf="3", preset="medium")
-    frames = data._Timed.frames
-    monkeypatch.setattr(data._Timed, "frames", lambda *args: (f for f in frames(*args) if not 0.95 < f.time < 1.05))
+    frames = video._Timed.frames
+    monkeypatch.setattr(video._Timed, "frames", lambda *args: (f for f in frames(*args) if not 0.95 < f.time < 1.05))
     assert shown(read_video(path)) == [0, 5, 9, 15, 20, 25, 30, 35]
 
 
@@ -477,7 +478,7 @@ def test_beyond_768_frames_the_rate_falls_and_is_stated(tmp_path):
 
 @given(st.floats(0, 1000), st.floats(0.5, 2000), st.sampled_from([0.5, 1.0, 2.0, 4.0]))
 def test_targets_are_even_in_number_and_one_period_apart(start, length, fps):
-    targets, rate = data._targets(start, start + max(length, 1 / fps), fps)
+    targets, rate = video._targets(start, start + max(length, 1 / fps), fps)
     assert 2 <= len(targets) <= 768 and len(targets) % 2 == 0 and rate <= fps
     assert np.allclose(np.diff(targets)[:-1], 1 / rate) and 0 <= targets[-1] - targets[-2] <= 1 / rate + 1e-9
     assert targets[0] == pytest.approx(start) and targets[-1] <= start + max(length, 1 / fps) + 1e-9

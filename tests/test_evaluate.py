@@ -1,5 +1,6 @@
 """Metrics by hand, the paired bootstrap, and evaluations that are interrupted, repeated and compared."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 import data
 import evaluate
+import runtime
 from conftest import write_video
 
 
@@ -65,7 +67,7 @@ def test_rows_of_one_video_are_no_independent_evidence():
 
 
 def test_different_rows_are_not_compared():
-    with pytest.raises(evaluate.UserError, match="same rows"):
+    with pytest.raises(runtime.UserError, match="same rows"):
         evaluate.paired_bootstrap([prediction(0)], [prediction(1)])
 
 
@@ -96,7 +98,7 @@ def lines(settings):
 
 
 def test_every_row_is_measured_on_grounding_and_those_with_verbs_on_inversions(settings, capsys):
-    evaluate.run(evaluate.main, settings)
+    runtime.run(evaluate.main, settings)
     predictions = lines(settings)
     assert sorted((p["task"], p["row"]) for p in predictions) == [
         (task, row) for task in ("ar", "tvg", "vc", "vd") for row in range(3) if task == "tvg" or row != 1]
@@ -106,7 +108,7 @@ def test_every_row_is_measured_on_grounding_and_those_with_verbs_on_inversions(s
 
 
 def test_interrupted_evaluation_goes_on_and_ends_the_same(settings, monkeypatch):
-    evaluate.run(evaluate.main, settings)
+    runtime.run(evaluate.main, settings)
     path = data.Path(settings.output) / "predictions.0.jsonl"
     whole = path.read_text()
     kept = whole.splitlines(keepends=True)
@@ -114,35 +116,35 @@ def test_interrupted_evaluation_goes_on_and_ends_the_same(settings, monkeypatch)
     done = []
     monkeypatch.setattr(evaluate, "answers", lambda m, p, s, items, c, f=evaluate.answers: (
         done.extend((i.index, i.task) for i in items), f(m, p, s, items, c))[1])
-    evaluate.run(evaluate.main, settings)
+    runtime.run(evaluate.main, settings)
     key = lambda p: (p["row"], p["task"])  # noqa: E731
     assert len(done) == len(kept) - 4
     assert evaluate.read_predictions(settings.output) == sorted(map(json.loads, kept), key=key)
 
 
 def test_finished_evaluation_loads_no_model(settings, monkeypatch):
-    evaluate.run(evaluate.main, settings)
-    monkeypatch.setattr(evaluate.grpo, "load_model", None)
-    evaluate.run(evaluate.main, settings)
+    runtime.run(evaluate.main, settings)
+    monkeypatch.setattr(runtime, "load_model", None)
+    runtime.run(evaluate.main, settings)
 
 
 def test_predictions_of_other_settings_are_not_mixed_in(settings, capsys):
-    evaluate.run(evaluate.main, settings)
+    runtime.run(evaluate.main, settings)
     with pytest.raises(SystemExit):
-        evaluate.run(evaluate.main, evaluate.dataclasses.replace(settings, fps=1.0))
+        runtime.run(evaluate.main, dataclasses.replace(settings, fps=1.0))
     assert "another --fps" in capsys.readouterr().err
 
 
 def test_a_failed_start_does_not_claim_the_output_folder(settings):
     with pytest.raises(SystemExit):
-        evaluate.run(evaluate.main, evaluate.dataclasses.replace(settings, model="no/such-model"))
-    evaluate.run(evaluate.main, settings)
+        runtime.run(evaluate.main, dataclasses.replace(settings, model="no/such-model"))
+    runtime.run(evaluate.main, settings)
     assert len(lines(settings)) == 9
 
 
 def test_unreadable_video_scores_zero_and_is_listed(settings, capsys):
     (data.Path(settings.videos) / "BBB.mp4").write_bytes(b"no video")
-    evaluate.run(evaluate.main, settings)
+    runtime.run(evaluate.main, settings)
     metrics = json.loads((data.Path(settings.output) / "metrics.json").read_text())
     assert metrics["rows"]["tvg"] == 3 and len(metrics["unreadable"]) == 1 and "BBB.mp4" in metrics["unreadable"][0]
     assert "BBB.mp4" in capsys.readouterr().out
@@ -151,22 +153,22 @@ def test_unreadable_video_scores_zero_and_is_listed(settings, capsys):
 def test_missing_videos_are_an_error_unless_allowed(settings, capsys):
     (data.Path(settings.videos) / "BBB.mp4").unlink()
     with pytest.raises(SystemExit):
-        evaluate.run(evaluate.main, settings)
+        runtime.run(evaluate.main, settings)
     assert "1 of 2 videos are missing" in capsys.readouterr().err
-    evaluate.run(evaluate.main, evaluate.dataclasses.replace(settings, allow_missing_videos=True))
+    runtime.run(evaluate.main, dataclasses.replace(settings, allow_missing_videos=True))
     assert json.loads((data.Path(settings.output) / "metrics.json").read_text())["rows"]["tvg"] == 3
 
 
 def test_against_prints_both_and_the_interval(settings, capsys):
-    other = evaluate.dataclasses.replace(settings, output=settings.output + "-other")
-    evaluate.run(evaluate.main, other)
-    evaluate.run(evaluate.main, evaluate.dataclasses.replace(settings, against=other.output))
+    other = dataclasses.replace(settings, output=settings.output + "-other")
+    runtime.run(evaluate.main, other)
+    runtime.run(evaluate.main, dataclasses.replace(settings, against=other.output))
     table = capsys.readouterr().out.split("difference")[1]
     assert "mIoU" in table and "VC" in table and "+0.0" in table
 
 
 def test_a_model_that_is_not_there_is_one_sentence(settings, capsys):
     with pytest.raises(SystemExit):
-        evaluate.run(evaluate.main, evaluate.dataclasses.replace(settings, model="no/such-model"))
+        runtime.run(evaluate.main, dataclasses.replace(settings, model="no/such-model"))
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "no/such-model" in message

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import data
-import evaluate
 import grpo
 import invert4tvg
+import runtime
+import video
 from conftest import ROOT, byte_tokenizer, tiny_model, write_video
 from test_grpo import make_prompt, token_ids
 
@@ -54,7 +56,7 @@ def babbler(tmp_path_factory, checkpoint):
     line = {"video": "AAA", "query": "person runs", "start": 0, "end": 2, "completion": "<think>a</think><answer>1 to 2</answer>"}
     (folder / "demos.jsonl").write_text("".join(json.dumps(line | {"task": task}) + "\n" for task in data.PROMPTS))
     train(config, demonstrations=str(folder / "demos.jsonl"), micro_batch=4, accumulation=1, iterations=60, lr=1e-2)
-    return grpo.newest_checkpoint(config.output)
+    return runtime.newest_checkpoint(config.output)
 
 
 @pytest.fixture()
@@ -64,7 +66,7 @@ def lively(config, babbler):
 
 
 def train(config, **changes):
-    evaluate.run(invert4tvg.train, dataclasses.replace(config, **changes))
+    runtime.run(invert4tvg.train, dataclasses.replace(config, **changes))
 
 
 def log_of(output):
@@ -72,7 +74,7 @@ def log_of(output):
 
 
 def weights_of(output):
-    return load_file(grpo.newest_checkpoint(output) / "model.safetensors")
+    return load_file(runtime.newest_checkpoint(output) / "model.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------ optimiser
@@ -202,7 +204,7 @@ def test_demonstrations_log_and_lower_the_cross_entropy(config, tmp_path):
     losses = []
     for line in lines:
         segment = {} if line["task"] == "tvg" else {"start": 0, "end": 2}
-        clip = data.read_video(f"{config.videos}/AAA.mp4", **segment)
+        clip = video.read_video(f"{config.videos}/AAA.mp4", **segment)
         patches, grid = data.patchify(clip.frames, mean, std)
         text = data.prompt_text(line["task"], line["query"], invert4tvg.rewards.mask_verbs(line["query"])[0])
         prompt = data.encode_prompt(tokenizer, text, len(patches) // 4)
@@ -235,7 +237,7 @@ def test_five_iterations_from_mp4_files_through_the_command_line(lively, tmp_pat
     """Both tasks kinds, evaluation, a checkpoint that from_pretrained loads, and every metric the README names."""
     command = [sys.executable, str(ROOT / "invert4tvg.py")]
     for name in ("model", "annotations", "videos", "output", "max_new_tokens", "group_size", "accumulation", "lr", "p"):
-        command += [invert4tvg.option(name), str(getattr(lively, name))]
+        command += [runtime.option(name), str(getattr(lively, name))]
     command += ["--iterations", "5", "--workers", "2", "--mu", "2", "--eval-every", "5", "--eval-limit", "2",
                 "--eval-annotations", lively.annotations, "--seed", "4"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -254,7 +256,7 @@ def test_five_iterations_from_mp4_files_through_the_command_line(lively, tmp_pat
     measured = [row for row in log if row["task"] == "eval"]
     assert [row["iteration"] for row in measured] == [0, 5] and {"mIoU", "R1@0.7", "VC", "AR", "VD"} <= set(measured[0])
 
-    last = grpo.newest_checkpoint(lively.output)
+    last = runtime.newest_checkpoint(lively.output)
     Qwen2_5_VLForConditionalGeneration.from_pretrained(last)
     before, after = load_file(Path(lively.model) / "model.safetensors"), load_file(last / "model.safetensors")
     assert before.keys() == after.keys()
@@ -268,12 +270,12 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(lively):
     train(lively, save_every=2)
     assert any(row["grad_norm"] > 0 for row in log_of(lively.output))
     whole, log = weights_of(lively.output), log_of(lively.output)
-    state = torch.load(grpo.newest_checkpoint(lively.output) / "optimizer.0.pt")
-    invert4tvg.shutil.rmtree(grpo.newest_checkpoint(lively.output))  # as if it had died after iteration 3
+    state = torch.load(runtime.newest_checkpoint(lively.output) / "optimizer.0.pt")
+    shutil.rmtree(runtime.newest_checkpoint(lively.output))  # as if it had died after iteration 3
     train(lively, save_every=2, resume=True)
     again = weights_of(lively.output)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    for name, values in torch.load(grpo.newest_checkpoint(lively.output) / "optimizer.0.pt").items():
+    for name, values in torch.load(runtime.newest_checkpoint(lively.output) / "optimizer.0.pt").items():
         assert torch.equal(values["exp_avg_sq"], state[name]["exp_avg_sq"]) and values["step"] == 4
     timeless = lambda rows: [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]  # noqa: E731
     assert timeless(log_of(lively.output)) == timeless(log)
@@ -317,7 +319,7 @@ def test_an_output_that_holds_a_run_is_not_overwritten(config, capsys):
 def test_ctrl_c_saves_and_resume_goes_on(config, tmp_path):
     command = [sys.executable, str(ROOT / "invert4tvg.py"), "--workers", "1", "--iterations", "100000"]
     for name in ("model", "annotations", "videos", "output", "max_new_tokens", "group_size"):
-        command += [invert4tvg.option(name), str(getattr(config, name))]
+        command += [runtime.option(name), str(getattr(config, name))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
                                start_new_session=True)
     while process.poll() is None and not (Path(config.output) / "metrics.jsonl").exists():
@@ -327,7 +329,7 @@ def test_ctrl_c_saves_and_resume_goes_on(config, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
     out, err = process.communicate()
     assert process.returncode == 130 and "--resume goes on" in out and "Traceback" not in err
-    done = int(grpo.newest_checkpoint(config.output).name.split("-")[1])
+    done = int(runtime.newest_checkpoint(config.output).name.split("-")[1])
     assert len(log_of(config.output)) == done
     train(config, iterations=done + 1, resume=True)
     assert len(log_of(config.output)) == done + 1
@@ -343,24 +345,24 @@ def test_ctrl_c_saves_and_resume_goes_on(config, tmp_path):
     (["--demonstrations", "d.jsonl", "--annotations", "a.txt"], "--annotations")])
 def test_a_wrong_option_is_one_sentence(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        evaluate.parse_settings(invert4tvg.Config, "", argv)
+        runtime.parse_settings(invert4tvg.Config, "", argv)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and words in message and message.count("\n") == 1
 
 
 def test_every_setting_is_an_option_with_its_explanation(capsys):
     with pytest.raises(SystemExit):
-        evaluate.parse_settings(invert4tvg.Config, "text", ["--help"])
+        runtime.parse_settings(invert4tvg.Config, "text", ["--help"])
     text = capsys.readouterr().out
     for field in dataclasses.fields(invert4tvg.Config):
-        assert invert4tvg.option(field.name) in text
-    settings = evaluate.parse_settings(invert4tvg.Config, "", ["--inversion-tasks", "vc", "--no-gradient-checkpointing"])
+        assert runtime.option(field.name) in text
+    settings = runtime.parse_settings(invert4tvg.Config, "", ["--inversion-tasks", "vc", "--no-gradient-checkpointing"])
     assert settings == invert4tvg.Config(inversion_tasks=("vc",), gradient_checkpointing=False)
 
 
 def test_without_data_it_says_what_it_wants(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        evaluate.run(invert4tvg.train, invert4tvg.Config())
+        runtime.run(invert4tvg.train, invert4tvg.Config())
     message = capsys.readouterr().err
     assert "data/charades_sta_train.txt" in message and "train.sh demo" in message and message.count("\n") == 1

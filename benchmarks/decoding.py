@@ -1,11 +1,11 @@
-"""What reading videos costs: data.read_video beside decord and torchcodec, and a training loop's wait for clips.
+"""What reading videos costs: read_video beside decord and torchcodec, and a training loop's wait for clips.
 
-    python benchmarks/video.py [--video FILE] [--cores 1]  # alternating in one run: medians, ratios, do frames agree
-    python benchmarks/video.py --wait [0.25 0.5 1]         # steps of so many seconds, fed by 4 workers on all cores
+    python benchmarks/decoding.py [--video FILE] [--cores 1]  # alternating in one run: medians, ratios, do frames agree
+    python benchmarks/decoding.py --wait [0.25 0.5 1]         # steps of so many seconds, fed by 4 workers on all cores
 
 Without a file it makes one of a minute: 480p at 30 frames a second, H.264 as x264 writes it by default (B-frames, a
 key frame every 250 frames), a moving picture with noise. All readers deliver the same: the frames nearest to the same
-times, (T, 3, h, w) uint8 of the size that data.read_video chooses, opening the file included. decord and torchcodec
+times, (T, 3, h, w) uint8 of the size that read_video chooses, opening the file included. decord and torchcodec
 are told for free which times these are, and get as many threads as there are cores. CPU time is what a core that
 others use, too, still measures well.
 
@@ -30,6 +30,7 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
+from video import read_video, video_duration  # noqa: E402
 
 SEGMENTS = (2.5, 5, 10, 20, 40)  # seconds
 
@@ -78,7 +79,7 @@ def repeat_video(source, path, times):
 
 def ours(path, start, end, times, size):
     """-> frames (T, 3, h, w) uint8; the others fetch the frames at `times` in `size` = (h, w)."""
-    return data.read_video(path, start=start, end=end).frames
+    return read_video(path, start=start, end=end).frames
 
 
 def readers(threads):
@@ -114,7 +115,7 @@ def readers(threads):
 
 def measure(found, path, start, end, rounds):
     """-> {name: (median seconds, median CPU seconds, mean difference from our pixels)}; the readers take turns."""
-    clip = data.read_video(path, start=start, end=end)
+    clip = read_video(path, start=start, end=end)
     seconds, difference = {name: [] for name in found}, {}
     for _ in range(rounds):
         for name, read in found.items():
@@ -149,7 +150,7 @@ def comparison_jobs(video, folder):
         repeat_video(part, video, 2)
         repeat_video(part, long, 10)
         jobs = [(f"5 s out of {name}", path, 10.0, 15.0) for name, path in (("30 s", part), ("5 minutes", long))]
-    duration = data.video_duration(video)
+    duration = video_duration(video)
     name = f"{Path(video).name}, {duration:.0f} s"
     segments = [(f"{length:g} s of {name}", video, duration / 8, duration / 8 + length)
                 for length in SEGMENTS if length < 0.8 * duration]
@@ -164,7 +165,7 @@ def wait(durations, video, folder, workers, iterations):
     if not video:
         video = write_video(f"{folder}/0.mp4", 30)
     paths = [shutil.copy(video, f"{folder}/{k}-copy.mp4") for k in range(16)]
-    seconds = data.video_duration(video)
+    seconds = video_duration(video)
     samples = [data.Sample(path, "q", k * seconds / 32, k * seconds / 32 + seconds / 4) for k, path in enumerate(paths)]
     cores = len(os.sched_getaffinity(0))
     print(f"{workers} workers on {cores} cores, {iterations} iterations of one prompt: 80% whole videos of "
@@ -196,7 +197,7 @@ def main():
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--iterations", type=int, default=40)
     args = parser.parse_args()
-    if args.video and not data.video_duration(args.video):
+    if args.video and not video_duration(args.video):
         parser.error(f"--video {args.video}: cannot be opened as a video, or states no duration.")
     with tempfile.TemporaryDirectory() as folder:
         if args.wait is not None:
