@@ -82,16 +82,22 @@ def load_annotations(path, video_dir, single_window=False):
 def load_demonstrations(path, video_dir):
     """Read a jsonl of {video, query, start, end, task, completion} as a list of `Demonstration`.
 
+    TVG-R1's names are read too: "problem" for the query, "gt_frame" [start, end], "solution" for the completion (its
+    cold-start file is not public; its RL rows have the first two); a row without a task is grounding.
     Raises ValueError naming the file and the line of a malformed row.
     """
     find, rows = _video_finder(video_dir), []
     for where, line in _lines(_read(path)):
         try:
             r = json.loads(line)
-            sample = _sample(find(r["video"]), r["start"], r["end"], None, r["query"], where)
-            if r["task"] not in PROMPTS:
-                raise ValueError(f"task {r['task']!r} is none of {', '.join(PROMPTS)}")
-            rows.append(Demonstration(sample, r["task"], str(r["completion"])))
+            if "gt_frame" in r:
+                start, end = r["gt_frame"]
+                r = {"query": r["problem"], "start": start, "end": end} | r
+            sample = _sample(find(r["video"]), r["start"], r["end"], r.get("video_length"), r["query"], where)
+            task = r.get("task", "tvg")
+            if task not in PROMPTS:
+                raise ValueError(f"task {task!r} is none of {', '.join(PROMPTS)}")
+            rows.append(Demonstration(sample, task, str(r["completion"] if "completion" in r else r["solution"])))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = f"no field {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path}, {where}: not a readable demonstration ({reason}).") from error
@@ -186,15 +192,16 @@ def missing_videos(samples):
 
 
 def prepare_training(samples):
-    """Clamp ends to the duration (the annotation's, else the video's) and drop rows with start >= end.
+    """Clamp ends to the duration (the annotation's, else the video's), note it, and drop rows with start >= end.
 
     Returns (samples, number clamped, number dropped). For training only: evaluation keeps every row as it stands.
     """
     kept, clamped = [], 0
     for s in samples:
-        end = min(s.end, s.duration or video_duration(s.video) or math.inf)
+        duration = s.duration or video_duration(s.video)
+        end = min(s.end, duration or math.inf)
         if s.start < end:
-            kept.append(replace(s, end=end))
+            kept.append(replace(s, end=end, duration=duration))
             clamped += end < s.end
     return kept, clamped, len(samples) - len(kept)
 
@@ -202,6 +209,8 @@ def prepare_training(samples):
 # ------------------------------------------------------------------------------------------------ model inputs
 
 THINK = "Output your thought process within the <think> </think> tags, then "
+ANCHORS = ("Output your thought process within the <think> </think> tags, and in it two to four estimates of the time "
+           "period, each better than the one before, as <timestamp>12.54 to 17.83</timestamp>, then ")
 PROMPTS = {  # the paper's sentences; it prints none for TVG, whose wording is Time-R1's, the paper's baseline
     "tvg": ('To accurately pinpoint the event "{query}" in the video, determine the precise time period of the event.',
             'provide the start and end times in seconds, in the format "12.54 to 17.83",'),
@@ -211,11 +220,19 @@ PROMPTS = {  # the paper's sentences; it prints none for TVG, whose wording is T
 }
 
 
-def prompt_text(task, query, frame, inversion_format="think"):
-    """The user's words for a task. `frame` is the query with `[]` for each verb; only VC shows it."""
+def prompt_text(task, query, frame, inversion_format="think", tvg_reward="iou"):
+    """The user's words for a task. `frame` is the query with `[]` for each verb; only VC shows it.
+
+    `tvg_reward` "anchors" asks grounding for TAR-TVG's anchors, "tvg_r1" for TVG-R1's list of times (our words: neither
+    prompt is public).
+    """
     question, answer = PROMPTS[task]
-    think = "" if task != "tvg" and inversion_format == "answer" else THINK
-    request = think + answer + " within the <answer> </answer> tags."
+    think, tag = "" if task != "tvg" and inversion_format == "answer" else THINK, "answer"
+    if task == "tvg" and tvg_reward == "anchors":
+        think = ANCHORS
+    if task == "tvg" and tvg_reward == "tvg_r1":
+        answer, tag = "provide the start and end times in seconds as a list, [12.54, 17.83],", "time"
+    request = think + answer + f" within the <{tag}> </{tag}> tags."
     return question.format(query=query, frame=frame) + "\n" + request[0].upper() + request[1:]
 
 

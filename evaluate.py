@@ -2,8 +2,8 @@
 
     python evaluate.py --model CHECKPOINT --annotations FILE --videos FOLDER --output FOLDER [--against OTHER_OUTPUT]
 
-Greedy decoding, every part of it explicit: nothing is inherited from a checkpoint's generation config. Each row's
-prediction is appended to a jsonl file, so an interrupted evaluation goes on where it stopped; under torchrun each of
+Greedy decoding, every part of it explicit: nothing is inherited from a checkpoint's generation config; with --samples k,
+k completions a row at temperature 1, whose mean IoU is the row's difficulty (stages.py). Each row's prediction is appended to a jsonl file, so an interrupted evaluation goes on where it stopped; under torchrun each of
 W ranks takes every W-th row. A video that cannot be read scores 0 and is listed; no row is ever dropped.
 """
 
@@ -11,7 +11,8 @@ import dataclasses
 import json
 import math
 import signal
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,9 @@ class Settings:
     max_new_tokens: int = flag(1024, "most tokens a completion; released code")
     inversion_format: str = flag("think", "format of VC, AR and VD answers: think and answer (Eq. 9, 11), or answer "
                                  "alone (released code)", choices=("think", "answer"))
+    tvg_reward: str = flag("iou", "what grounding is asked for and rewarded with: IoU (Eq. 10), Time-R1's IoU weighted "
+                           "by both ends' errors, TAR-TVG's anchors, or TVG-R1's 0.9 IoU + 0.1 format",
+                           choices=rewards.TVG_REWARDS)
     vd_match: str = flag("all", "a VD answer must name all or any of the query's verbs (Eq. 7 leaves it open)",
                          choices=("all", "any"))
     workers: int = flag(4, "processes that decode videos ahead of the loop, on each rank")
@@ -60,13 +64,17 @@ class Settings:
     def clip_limits(self):
         return {k: getattr(self, k) for k in ("fps", "max_pixels", "min_frame_pixels", "max_frame_pixels")}
 
+    def scoring(self):
+        """The settings of `rewards.score`."""
+        return {k: getattr(self, k) for k in ("inversion_format", "vd_match", "tvg_reward")}
+
     def check(self):
         """Raise UserError for a value that cannot be meant."""
         for name in ("fps", "max_pixels", "min_frame_pixels", "max_frame_pixels", "max_new_tokens", "micro_batch"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{option(name)} is {getattr(self, name)}; it must be above 0.")
         for f in dataclasses.fields(self):
-            if f.type is float and not math.isfinite(getattr(self, f.name)):
+            if f.type is float and not math.isfinite(getattr(self, f.name) or 0):
                 raise UserError(f"{option(f.name)} is {getattr(self, f.name)}; it must be a finite number.")
         if self.workers < 0:
             raise UserError(f"--workers is {self.workers}; it cannot be negative.")
@@ -82,20 +90,27 @@ class EvalSettings(Settings):
     annotations: str = flag("data/charades_sta_test.txt", "held-out rows, in any of the formats training reads")
     output: str = flag("runs/evaluation", "folder for predictions and metrics.json; rows already predicted are kept")
     tasks: tuple = flag(TASKS, "what to measure", choices=TASKS)
+    samples: int = flag(0, "completions a row, sampled at temperature 1; 0: one, greedy")
     limit: int = flag(0, "evaluate this many rows, evenly spaced over the file; 0: all")
     against: str = flag("", "another evaluation's --output to print beside this one, with the difference's 95%% "
                         "bootstrap interval over videos")
+
+    def check(self):
+        super().check()
+        for name in ("samples", "limit"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{option(name)} is {getattr(self, name)}; it cannot be negative.")
 
 
 # ------------------------------------------------------------------------------------------------ prompts and samples
 
 
-def build_prompt(model, processor, sample, item, inversion_format):
+def build_prompt(model, processor, sample, item, settings):
     """A decoded clip and its sample -> grpo.Prompt on the model's device."""
     frames = item.clip.frames.to(model.device)
     patches, grid = data.patchify(frames, processor.pixels["image_mean"], processor.pixels["image_std"])
     frame, _ = rewards.mask_verbs(sample.query) if item.task == "vc" else ("", ())
-    text = data.prompt_text(item.task, sample.query, frame, inversion_format)
+    text = data.prompt_text(item.task, sample.query, frame, settings.inversion_format, settings.tvg_reward)
     ids = data.encode_prompt(processor.tokenizer, text, len(patches) // data.MERGE**2)
     vision = model.config.vision_config
     positions = data.position_ids(ids, grid[0].tolist(), item.clip.fps, model.config.video_token_id,
@@ -122,6 +137,11 @@ def load_samples(settings, path=None, videos=None, name="--annotations"):
     except ValueError as error:
         raise UserError(str(error)) from error
     report_missing(samples, settings)
+    if settings.tvg_reward == "timestamp_iou":  # Charades-STA's txt states no durations
+        samples = [replace(s, duration=s.duration or video.video_duration(s.video)) for s in samples]
+        for s in samples:
+            if s.duration is None and Path(s.video).is_file():
+                raise UserError(f"{s.video}: states no duration, which --tvg-reward timestamp_iou needs; remux it.")
     return samples
 
 
@@ -151,12 +171,16 @@ def row_values(prediction):
     """One prediction -> its contribution, in percent, to each metric that is a mean over rows."""
     task, parts = prediction["task"], prediction["parts"]
     if task == "tvg":
-        return grounding_metrics([parts["iou"]]) | {"format": 100 * parts["format"]}
+        wanted = {"2-4 anchors": 100.0 * (parts["anchors"] in rewards.ANCHORS_WANTED)} if "anchors" in parts else {}
+        return grounding_metrics([parts["iou"]]) | {"format": 100 * parts["format"]} | wanted
     return {task.upper(): 100 * parts[task]}
 
 
 def summarize(predictions):
-    """All predictions -> metrics: percent, except `VD verbs` (distinct verbs an answer) and the counts."""
+    """All predictions -> metrics: percent, except `VD verbs` (distinct verbs an answer) and the counts.
+
+    `anchor gain` is the rise in IoU from the first anchor to the answer, a mean over the answers that have any.
+    """
     values = {}
     for p in predictions:
         for name, value in row_values(p).items():
@@ -165,6 +189,9 @@ def summarize(predictions):
     listed = [p["parts"]["vd_verbs"] for p in predictions if p["task"] == "vd"]
     if listed:
         metrics["VD verbs"] = float(np.mean(listed))
+    gains = [100 * p["parts"]["anchor_gain"] for p in predictions if p["parts"].get("anchors")]
+    if gains:
+        metrics["anchor gain"] = float(np.mean(gains))
     metrics["rows"] = {t: n for t in TASKS if (n := sum(p["task"] == t for p in predictions))}
     metrics["without a span"] = sum(p["task"] == "tvg" and p["span"] is None for p in predictions)
     metrics["reversed spans"] = sum(p["span"] is not None and p["span"][0] > p["span"][1] for p in predictions)
@@ -177,8 +204,9 @@ def paired_bootstrap(ours, theirs, draws=10_000, seed=0):
 
     low, high: the 95% interval of the difference when videos, the independent units, are drawn with replacement.
     """
-    other = {(p["row"], p["task"]): p for p in theirs}
-    if {(p["row"], p["task"], p["query"]) for p in ours} != {(p["row"], p["task"], p["query"]) for p in theirs}:
+    key = lambda p: (p["row"], p["task"], p["sample"])  # noqa: E731
+    other = {key(p): p for p in theirs}
+    if {(*key(p), p["query"]) for p in ours} != {(*key(p), p["query"]) for p in theirs}:
         raise UserError("the two evaluations do not hold the same rows; evaluate both on the same file and tasks.")
     names = {video: i for i, video in enumerate(sorted({p["video"] for p in ours}))}
     rng = np.random.default_rng(seed)
@@ -187,7 +215,7 @@ def paired_bootstrap(ours, theirs, draws=10_000, seed=0):
     for p in ours:
         for name, value in row_values(p).items():
             table = sums.setdefault(name, np.zeros((len(names), 3)))
-            table[names[p["video"]]] += (1, value, row_values(other[p["row"], p["task"]])[name])
+            table[names[p["video"]]] += (1, value, row_values(other[key(p)]).get(name, 0.0))
     result = {}
     for name, table in sums.items():
         drawn = weights @ table
@@ -233,14 +261,15 @@ def read_predictions(output):
                 p = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            predictions[p["row"], p["task"]] = p
+            predictions[p["row"], p["task"], p["sample"]] = p
     return [predictions[key] for key in sorted(predictions)]
 
 
-def evaluate(load, samples, rows, tasks, settings, output):
+def evaluate(load, samples, rows, tasks, settings, output, k=0):
     """Predict what `output` does not hold yet, on all ranks together -> metrics (on every rank).
 
     `load` is called only when a row is missing and returns (model, runtime.Processor); `rows` are indices into `samples`.
+    Each row has one greedy completion, or `k` sampled ones.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     output = Path(output)
@@ -248,9 +277,9 @@ def evaluate(load, samples, rows, tasks, settings, output):
     queries = [samples[row].query for row in rows]
     has_verb = [bool(gold) for _, gold in rewards.mask_queries(queries)] if set(tasks) != {"tvg"} else [False] * len(rows)
     jobs = [(row, task) for task in tasks for row, verb in zip(rows, has_verb) if verb or task == "tvg"]
-    done = {(p["row"], p["task"]) for p in read_predictions(output)}
+    done = Counter((p["row"], p["task"]) for p in read_predictions(output))
     dist.barrier()  # nobody writes before everybody has read
-    jobs = [job for job in jobs[rank::world] if job not in done]
+    jobs = [job for job in jobs[rank::world] if done[job] < max(1, k)]
     if jobs:
         model, processor = load()
         loader = make_loader(EvaluationClips(samples, jobs, settings.clip_limits()),
@@ -258,14 +287,14 @@ def evaluate(load, samples, rows, tasks, settings, output):
         with open(output / f"predictions.{rank}.jsonl", "a", encoding="utf-8") as file:
             file.write("\n" if file.tell() else "")  # ends a line that an interruption cut off
             for items in tqdm(loader, "evaluating", disable=rank > 0, leave=False):
-                for item, completion in zip(items, answers(model, processor, samples, items, settings)):
-                    sample = samples[item.index]
+                for n, completion in enumerate(answers(model, processor, samples, items, settings, k)):
+                    at, number = divmod(n, max(1, k))
+                    item, sample = items[at], samples[items[at].index]
                     file.write(json.dumps({
-                        "row": item.index, "task": item.task, "video": sample.video, "query": sample.query,
-                        "truth": [sample.start, sample.end], "completion": completion,
+                        "row": item.index, "task": item.task, "sample": number, "video": sample.video,
+                        "query": sample.query, "truth": [sample.start, sample.end], "completion": completion,
                         "span": rewards.parse_span(completion) if item.task == "tvg" else None,
-                        "parts": rewards.score(item.task, completion, sample, settings.inversion_format,
-                                               vd_match=settings.vd_match),
+                        "parts": rewards.score(item.task, completion, sample, **settings.scoring()),
                         "error": item.failures[0] if item.failures else None}) + "\n")
                 file.flush()
     dist.barrier()
@@ -276,16 +305,16 @@ def evaluate(load, samples, rows, tasks, settings, output):
     return metrics
 
 
-def answers(model, processor, samples, items, settings):
-    """Greedy completions of a batch of items, "" for one whose video could not be read."""
+def answers(model, processor, samples, items, settings, k):
+    """k sampled completions, or for 0 one greedy, of each of a batch of items; "" where its video could not be read."""
     readable = [item for item in items if item.clip]
     texts = iter(())
     if readable:
-        prompts = [build_prompt(model, processor, samples[item.index], item, settings.inversion_format)
-                   for item in readable]
+        prompts = [build_prompt(model, processor, samples[item.index], item, settings) for item in readable]
+        generator = torch.Generator(model.device).manual_seed(items[0].index)  # the same whatever was done before
         texts = iter(completion_texts(processor, grpo.sample_group(
-            model, prompts, 1, settings.max_new_tokens, processor.eos, processor.banned, temperature=0.0)))
-    return [next(texts) if item.clip else "" for item in items]
+            model, prompts, max(1, k), settings.max_new_tokens, processor.eos, processor.banned, 1.0 if k else 0.0, generator)))
+    return [next(texts) if item.clip else "" for item in items for _ in range(max(1, k))]
 
 
 def evenly_spaced(n, limit):
@@ -328,7 +357,7 @@ def main(settings, device):
     same_run(settings, settings.output)
     rows = evenly_spaced(len(samples), settings.limit)
     metrics = evaluate(lambda: runtime.load_model(settings.model, device), samples, rows, settings.tasks, settings,
-                       settings.output)
+                       settings.output, settings.samples)
     say(f"{settings.output}\n{format_metrics(metrics)}")
     for name in ("rows", "without a span", "reversed spans", "unreadable"):
         if metrics[name]:

@@ -48,6 +48,8 @@ class Config(evaluate.Settings):
     inversion_tasks: tuple = flag(data.INVERSION_TASKS, "inversion tasks, drawn uniformly; Table 2 ablates them",
                                   choices=data.INVERSION_TASKS)
     inversion_reward: str = flag("binary", "verb match or similarity; Table 3", choices=("binary", "cosine"))
+    anchor_weight: float = flag(0.5, "of the anchors in TAR-TVG's reward; this project's reading")
+    progress_weight: float = flag(0.5, "of a rise from anchor to anchor, within that; this project's reading")
     vd_verb_cap: int = flag(0, "a VD answer with more distinct verbs scores 0; 0: no cap (Eq. 7 has none)")
     demonstrations: str = flag("", "jsonl of {video, query, start, end, task, completion} to imitate instead of "
                                "sampling: a supervised stage (Appendix D)")
@@ -60,7 +62,7 @@ class Config(evaluate.Settings):
     loss_reduction: str = flag("completion", "mean over each completion's tokens, then completions, or over all tokens "
                                "(released code)", choices=("completion", "token"))
     # the optimiser
-    lr: float = flag(1e-6, "learning rate; released log (the paper prints 5e-5)")
+    lr: float = flag(None, "learning rate; default 1e-6 (released log; the paper prints 5e-5), 1e-5 with --demonstrations")
     lr_schedule: str = flag("linear", "decay to 0 over the run (released code), or none",
                             choices=("linear", "constant"))
     betas: tuple = flag((0.9, 0.999), "AdamW's; Section 3.1")
@@ -78,18 +80,28 @@ class Config(evaluate.Settings):
     resume: bool = flag(False, "go on from the newest checkpoint in --output")
     save_every: int = flag(500, "iterations between checkpoints; one is written at the end in any case")
     keep: int = flag(2, "checkpoints kept")
+    save_rollouts: bool = flag(False, "append every completion and its rewards to rollouts.<rank>.jsonl (TAR-TVG)")
     eval_every: int = flag(0, "iterations between evaluations on held-out samples (Figure 1, right); 0: none")
     eval_annotations: str = flag("data/charades_sta_test.txt", "held-out rows, for --eval-every")
     eval_videos: str = flag("", "their videos; empty: --videos")
     eval_limit: int = flag(200, "held-out rows measured each time, evenly spaced; 0: all")
 
+    @property
+    def learning_rate(self):
+        return self.lr or (1e-5 if self.demonstrations else 1e-6)
+
+    def scoring(self):
+        own = {k: getattr(self, k) for k in ("inversion_reward", "anchor_weight", "progress_weight")}
+        return super().scoring() | own | {"vd_verb_cap": self.vd_verb_cap or None}
+
     def check(self):
         super().check()
-        for name in ("group_size", "temperature", "mu", "lr", "epochs", "accumulation", "save_every", "keep",
-                     "max_grad_norm"):
+        if self.lr is not None and self.lr <= 0:
+            raise UserError(f"--lr is {self.lr}; it must be above 0.")
+        for name in ("group_size", "temperature", "mu", "epochs", "accumulation", "save_every", "keep", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{option(name)} is {getattr(self, name)}; it must be above 0.")
-        for name in ("kl_coef", "clip_epsilon", "vd_verb_cap", "iterations", "eval_every", "eval_limit", "weight_decay",
+        for name in ("anchor_weight", "progress_weight", "kl_coef", "clip_epsilon", "vd_verb_cap", "iterations", "eval_every", "eval_limit", "weight_decay",
                      "adam_eps", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{option(name)} is {getattr(self, name)}; it cannot be negative.")
@@ -99,10 +111,13 @@ class Config(evaluate.Settings):
             raise UserError("--group-size 1 leaves nothing to compare; use 2 or more.")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise UserError(f"--betas is {' '.join(map(str, self.betas))}; give two numbers from 0 to below 1.")
-        for name in ("annotations", "p", "inversion_tasks", "inversion_reward", "vd_verb_cap", "group_size",
-                     "temperature", "kl_coef"):
+        for name in ("annotations", "p", "inversion_tasks", "inversion_reward", "anchor_weight", "progress_weight",
+                     "vd_verb_cap", "group_size", "temperature", "kl_coef", "save_rollouts"):
             if self.demonstrations and getattr(self, name) != getattr(type(self), name):
                 raise UserError(f"{option(name)} has no meaning with --demonstrations; leave one of them out.")
+        for name in ("anchor_weight", "progress_weight"):
+            if self.tvg_reward != "anchors" and getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"{option(name)} has no meaning without --tvg-reward anchors; leave it out.")
 
 
 # ------------------------------------------------------------------------------------------------ Algorithm 1
@@ -139,7 +154,7 @@ def rollout(run, items, generator):
     All prompts are sampled together: a decoding step costs about the same for one as for eight.
     """
     config, processor, G = run.config, run.processor, 1 if run.completions else run.config.group_size
-    prompts = [evaluate.build_prompt(run.model, processor, run.samples[item.index], item, config.inversion_format)
+    prompts = [evaluate.build_prompt(run.model, processor, run.samples[item.index], item, config)
                for item in items]
     features = None  # a trained tower runs inside the policy's pass instead
     if not (config.train_vision and run.completions):
@@ -158,9 +173,10 @@ def rollout(run, items, generator):
             run.model, prompts, G, config.max_new_tokens, processor.eos, processor.banned, config.temperature, generator,
             features)
         texts = evaluate.completion_texts(processor, sampled)
-        scores = [rewards.score(items[n // G].task, text, run.samples[items[n // G].index], config.inversion_format,
-                                config.inversion_reward, config.vd_match, config.vd_verb_cap or None)
+        scores = [rewards.score(items[n // G].task, text, run.samples[items[n // G].index], **config.scoring())
                   for n, text in enumerate(texts)]  # Eq. 10 and 11
+        if config.save_rollouts:
+            save_rollouts(run, items, texts, scores)
         parts = {part: np.reshape([s[part] for s in scores], (-1, G)) for part in scores[0]}  # (prompts, G)
         total = torch.tensor(parts["total"], dtype=torch.float32, device=run.model.device)
         advantages = grpo.group_advantages(total).flatten()
@@ -184,6 +200,16 @@ def rollout(run, items, generator):
                 ref_logps, _ = run.reference(*inputs)
         batches.append(Batch(*inputs, advantages[own[0]], None if logps is None else logps[own], ref_logps))
     return batches, metrics
+
+
+def save_rollouts(run, items, texts, scores):
+    """Append completions to this rank's file, in the fields of a demonstration: stages.py selects among them."""
+    with open(Path(run.config.output) / f"rollouts.{dist.get_rank()}.jsonl", "a", encoding="utf-8") as file:
+        for n, (text, parts) in enumerate(zip(texts, scores)):
+            item = items[n // run.config.group_size]
+            s = run.samples[item.index]
+            file.write(json.dumps({"video": Path(s.video).name, "query": s.query, "start": s.start, "end": s.end,
+                                   "task": item.task, "completion": text, "parts": parts}) + "\n")
 
 
 def update(run, batches, lr):
@@ -264,7 +290,7 @@ def make_run(config, device, samples, completions, resume_from):
     policy = DistributedDataParallel(grpo.Policy(model, processor.banned, temperature), gradient_as_bucket_view=True,
                                      bucket_cap_mb_list=[25])
     optimizer = ZeroRedundancyOptimizer(
-        [p for p in model.parameters() if p.requires_grad], optimizer_class=grpo.MasterAdamW, lr=config.lr,
+        [p for p in model.parameters() if p.requires_grad], optimizer_class=grpo.MasterAdamW, lr=config.learning_rate,
         betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay)
     if resume_from:
         runtime.load_optimizer(resume_from, model, optimizer)
@@ -313,7 +339,7 @@ def train(config, device):
         generator = torch.Generator(device).manual_seed(int(seed))
         batches, metrics = rollout(run, items, generator)  # lines 12-13: completions and their rewards
         sampled = time.perf_counter() - began - waited
-        lr = config.lr * (1 - iteration / total if config.lr_schedule == "linear" else 1)
+        lr = config.learning_rate * (1 - iteration / total if config.lr_schedule == "linear" else 1)
         metrics |= update(run, batches, lr)  # lines 14-16: the policy's step
         metrics |= {"lr": lr, "redrawn": len(failures), "wait_seconds": waited, "rollout_seconds": sampled,
                     "seconds": time.perf_counter() - began}

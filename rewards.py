@@ -7,6 +7,7 @@ Read from the bottom: `score` adds a format reward (Eq. 9) to the reward of the 
     ar   action recognition         one word, a verb of the query                                      Eq. 6, 11
     vd   video description          a text that holds the query's verbs                                Eq. 7, 11
 
+Grounding has three other rewards, those of Time-R1, TAR-TVG and TVG-R1 (`TVG_REWARDS`).
 Verbs are compared as roots: SpaCy(.) in the paper is `root` here. Training and evaluation read a completion through the
 same `parse_completion` and `parse_span`. This file knows text, not tensors. No text that a model writes raises an
 error, and the work per answer is bounded: patterns run in linear time, and at most 100 words reach spaCy.
@@ -20,14 +21,18 @@ import spacy
 from spacy.tokens import Doc
 
 TASKS = ("tvg", "vc", "ar", "vd")
+TVG_REWARDS = ("iou", "timestamp_iou", "anchors", "tvg_r1")  # Eq. 10, Time-R1, TAR-TVG, TVG-R1
 INVERSION_BLOCKS = {"think": ("think", "answer"), "answer": ("answer",)}  # by inversion_format
 MAX_WORDS, MAX_CHARACTERS = 100, 1000  # of an answer to an inversion task
 
-TAG = re.compile(r"</?(?:think|answer)>")
+TAG = re.compile(r"</?(?:think|answer|time)>")
+ANCHOR = re.compile(r"<timestamp>([^<]*)</timestamp>")
 # A number of seconds that is no part of something longer: not 01:12, -3, 1,200.5, 1e9, 10%, 3/4, 10-12 or 5 min.
 NUMBER = (r"(?<![\w.+\-−–])(?<![0-9][:,/])([0-9]{1,6}(?:\.[0-9]+)?)(?:\s*(?:seconds?|secs?|s))?"
           r"(?!\w|[:.,/\-−–][0-9]|\s*(?:%|min))")
-SPAN = re.compile(rf"{NUMBER}\s+(?:to|and)\s+{NUMBER}", re.IGNORECASE)
+LISTED = r"([0-9]{1,6}(?:\.[0-9]+)?)"
+SPAN = re.compile(rf"{NUMBER}\s+(?:to|and)\s+{NUMBER}|\[\s*{LISTED}\s*,\s*{LISTED}\s*\]", re.IGNORECASE)
+ANCHORS_WANTED = range(2, 5)  # TAR-TVG: two to four
 
 QUOTES_AND_STOPS = " \t\n.,;:!?\"'`*()[]“”‘’"
 AUXILIARIES = ("am|is|are|was|were|be|been|being|has|have|had|having|do|does|did|"
@@ -122,37 +127,53 @@ def mask_verbs(query):
 def parse_completion(completion, blocks=("think", "answer")):
     """Read a completion -> (whether it is well-formed, its answer or None).
 
-    Well-formed: the given blocks in order, each with a body, and nothing else but white space (Eq. 9). The answer is
-    the body of the last complete <answer> block, also where the rest is malformed.
+    Well-formed: the given blocks in order, each with a body, and nothing else but white space (Eq. 9); TVG-R1 lets
+    text stand around its <time>. The answer is the body of the last complete <answer> or <time> block, also where the
+    rest is malformed.
     """
     tags, pieces = TAG.findall(completion), TAG.split(completion)
     outside, bodies = pieces[::2], pieces[1::2]
     well_formed = (tags == [t for block in blocks for t in (f"<{block}>", f"</{block}>")]
-                   and not any(map(str.strip, outside)) and all(map(str.strip, bodies)))
-    start = completion.rfind("<answer>", 0, max(completion.rfind("</answer>"), 0))
+                   and not any(map(str.strip, outside[:1] if "time" in blocks else outside))
+                   and all(map(str.strip, bodies)))
+    start, name = max((completion.rfind(f"<{name}>", 0, max(completion.rfind(f"</{name}>"), 0)), name)
+                      for name in ("answer", "time"))
     if start < 0:
         return well_formed, None
-    body = completion[start + len("<answer>"):completion.index("</answer>", start)]
+    body = completion[start + len(f"<{name}>"):completion.index(f"</{name}>", start)]
     return well_formed, TAG.sub(" ", body).strip()
 
 
+def last_span(text):
+    """The last "a to b", "a and b" or "[a, b]" of a text -> (a, b) in seconds, or None."""
+    spans = SPAN.findall(text)
+    return tuple(float(number) for number in spans[-1] if number) if spans else None
+
+
 def parse_span(completion):
-    """The segment (start, end), in seconds, of the answer's last "a to b" or "a and b"; None where there is none.
+    """The segment (start, end), in seconds, that the answer names last; None where there is none.
 
     A reversed segment is returned as it stands and has IoU 0. Nothing outside the answer is read.
     """
     _, answer = parse_completion(completion)
-    spans = SPAN.findall(answer or "")
-    return (float(spans[-1][0]), float(spans[-1][1])) if spans else None
+    return last_span(answer or "")
 
 
-def format_reward(task, completion, inversion_format="think"):
+def parse_anchors(completion):
+    """The segments, in order, of the <timestamp> blocks before the answer that can be read (TAR-TVG)."""
+    thought = completion[:max(completion.rfind("<answer>"), 0)]
+    return [span for body in ANCHOR.findall(thought) if (span := last_span(body))]
+
+
+def format_reward(task, completion, inversion_format="think", tvg_reward="iou"):
     """1 for <think>...</think> <answer>...</answer>, else 0; for grounding the answer must hold a span (Eq. 9).
 
     Paper: one format for all tasks. The released code asks inversion tasks for <answer>...</answer> alone and gives
-    a completion that thinks 0: inversion_format="answer".
+    a completion that thinks 0: inversion_format="answer". TVG-R1 answers in <time>...</time>.
     """
     blocks = INVERSION_BLOCKS["think" if task == "tvg" else inversion_format]
+    if task == "tvg" and tvg_reward == "tvg_r1":
+        blocks = ("think", "time")
     well_formed, _ = parse_completion(completion, blocks)
     return float(well_formed and (task != "tvg" or parse_span(completion) is not None))  # Eq. 9
 
@@ -165,6 +186,41 @@ def temporal_iou(a, b):
     intersection = max(0.0, min(a_end, b_end) - max(a_start, b_start))
     union = max(a_end, b_end) - min(a_start, b_start)  # exact where they overlap; where they do not, the ratio is 0
     return float(intersection / union) if 0 < union < float("inf") else 0.0  # Eq. 8
+
+
+def timestamp_iou(span, truth, duration):
+    """Time-R1's reward: IoU * (1 - |start error| / duration) * (1 - |end error| / duration), in [0, 1].
+
+    Time-R1's code lets a factor turn negative where an error exceeds the duration, so two such errors are rewarded;
+    here it is clamped at 0.
+    """
+    errors = (abs(a - b) / duration for a, b in zip(span, truth))
+    return temporal_iou(span, truth) * float(np.prod([max(0.0, 1 - error) for error in errors]))
+
+
+def soft_iou(span, truth):
+    """TAR-TVG's IoU without the maximum: the gap between two segments that do not meet counts as negative overlap.
+
+    In (-1, 1]: (min(e, e') - max(s, s')) / (max(e, e') - min(s, s')). -1 for None, an empty or a reversed segment.
+    """
+    if span is None or not (span[0] < span[1] and truth[0] < truth[1]):
+        return -1.0
+    return (min(span[1], truth[1]) - max(span[0], truth[0])) / (max(span[1], truth[1]) - min(span[0], truth[0]))
+
+
+def anchor_reward(anchors, answer, truth, progress_weight=0.5):
+    """TAR-TVG's reward for two to four anchors that approach the answer: sum_k w_k soft IoU(a_k) + b * progress.
+
+    w_k = 2k / (K(K + 1)), so later anchors weigh more and all weigh 1; progress is 1 if the IoU rises strictly from
+    anchor to anchor and to the answer. Another number of anchors earns 0. The paper's formula is not public: this is
+    this project's reading of its abstract and reviews ("increasingly accurate temporal estimations").
+    """
+    K = len(anchors)
+    if K not in ANCHORS_WANTED:
+        return 0.0
+    ious = [temporal_iou(span, truth) for span in (*anchors, answer or (0, 0))]
+    progress = all(a < b for a, b in zip(ious, ious[1:]))
+    return sum(2 * k / (K * (K + 1)) * soft_iou(a, truth) for k, a in enumerate(anchors, 1)) + progress_weight * progress
 
 
 def same_root(a, b):
@@ -270,23 +326,49 @@ def vd_reward(answer, query, inversion_reward="binary", match="all", verb_cap=No
     return float((max if match == "any" else pool)(best))  # Eq. 7
 
 
-def score(task, completion, sample, inversion_format="think", inversion_reward="binary", vd_match="all",
-          vd_verb_cap=None):
-    """The parts of a completion's reward by name, and their sum "total", 0 to 2 (Eq. 10, 11).
+def tvg_parts(completion, sample, tvg_reward, anchor_weight, progress_weight):
+    """The parts of a grounding completion's reward and their total, without the format (Eq. 8 and other papers').
 
-    `sample` has .query, .start and .end (seconds). "vd_verbs", the number of distinct verbs in a description, is there
-    to be logged and is no part of the sum: a rising count is the sign of a model that lists verbs.
+    "iou" is always among them. With anchors, their number and "anchor_gain", the rise in IoU from the first to the
+    answer, are there to be logged and are no part of the sum.
+    """
+    span, truth = parse_span(completion), (sample.start, sample.end)
+    iou = temporal_iou(span, truth) if span else 0.0
+    if tvg_reward == "timestamp_iou":
+        value = timestamp_iou(span, truth, sample.duration) if span else 0.0
+        return {"iou": iou, "timestamp_iou": value}, value
+    if tvg_reward == "anchors":
+        anchors, soft = parse_anchors(completion), soft_iou(span, truth)
+        value = anchor_reward(anchors, span, truth, progress_weight)
+        gain = iou - temporal_iou(anchors[0], truth) if anchors else 0.0
+        parts = {"iou": iou, "soft_iou": soft, "anchor_reward": value, "anchors": float(len(anchors)), "anchor_gain": gain}
+        return parts, soft + anchor_weight * value
+    return {"iou": iou}, iou
+
+
+def score(task, completion, sample, inversion_format="think", inversion_reward="binary", vd_match="all",
+          vd_verb_cap=None, tvg_reward="iou", anchor_weight=0.5, progress_weight=0.5):
+    """The parts of a completion's reward by name, and their sum "total": by default 0 to 2 (Eq. 10, 11).
+
+    `sample` has .query, .start and .end (seconds), for "timestamp_iou" .duration. "vd_verbs", the number of distinct
+    verbs in a description, is there to be logged and is no part of the sum: a rising count is the sign of a model that
+    lists verbs. `tvg_reward` is what grounding is rewarded with:
+
+        "iou"            format + IoU                                       Eq. 10
+        "timestamp_iou"  format + IoU weighted by the errors of both ends   Time-R1
+        "anchors"        format + soft IoU + anchor_weight * anchor_reward  TAR-TVG
+        "tvg_r1"         0.1 format + 0.9 IoU                               TVG-R1
     """
     for name, value, choices in (("task", task, TASKS), ("inversion_format", inversion_format, INVERSION_BLOCKS),
                                  ("inversion_reward", inversion_reward, INVERSION_REWARDS),
-                                 ("vd_match", vd_match, ("all", "any"))):
+                                 ("vd_match", vd_match, ("all", "any")), ("tvg_reward", tvg_reward, TVG_REWARDS)):
         if value not in choices:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}: correct the setting.")
-    form = format_reward(task, completion, inversion_format)
+    form = format_reward(task, completion, inversion_format, tvg_reward)
     if task == "tvg":
-        span = parse_span(completion)
-        iou = temporal_iou(span, (sample.start, sample.end)) if span else 0.0
-        return {"format": form, "iou": iou, "total": form + iou}  # Eq. 10
+        parts, value = tvg_parts(completion, sample, tvg_reward, anchor_weight, progress_weight)
+        total = 0.1 * form + 0.9 * value if tvg_reward == "tvg_r1" else form + value  # Eq. 10
+        return {"format": form} | parts | {"total": total}
     answer = parse_completion(completion)[1] or ""
     if task == "vd":
         reward = vd_reward(answer, sample.query, inversion_reward, vd_match, vd_verb_cap)  # Eq. 11

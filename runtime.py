@@ -48,7 +48,7 @@ def parse_settings(cls, description, argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists every option.\n")
     for f in dataclasses.fields(cls):
-        shown = " ".join(map(str, f.default)) if f.type is tuple else str(f.default)
+        shown = " ".join(map(str, f.default)) if f.type is tuple else "" if f.default is None else str(f.default)
         kind = {"help": f.metadata["help"] + (f" [{shown}]" if shown else ""), "default": f.default}
         if f.type is bool:
             kind["action"] = argparse.BooleanOptionalAction

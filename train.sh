@@ -3,9 +3,12 @@
 #   bash train.sh demo [SEED]           GRPO with inversion and without
 #   bash train.sh ablations [SEED ...]  the paper's tables and figures, about half an hour a seed
 # The paper's setting on Charades-STA, 8 GPUs; GPUS=1 for one of 80 GB:
-#   bash train.sh charades-3b
-#   bash train.sh charades-7b
-# Options after the name (and the seed) go to invert4tvg.py's GRPO runs. What is interrupted goes on when called again.
+#   bash train.sh charades-3b           or charades-7b
+# Other papers' systems, on the toy or where WHERE is charades-3b or charades-7b:
+#   bash train.sh time-r1 [SEED | WHERE]
+#   bash train.sh tar-tvg [SEED | WHERE]
+#   bash train.sh tvg-r1 [SEED | WHERE]
+# Options after these go to the GRPO runs of demo and charades. What is interrupted goes on when called again.
 set -euo pipefail
 set -m  # a process group for each background job, so that it can be stopped with its children
 cd "$(dirname "$0")"
@@ -15,10 +18,10 @@ pids=()
 trap 'for job in $(jobs -p); do kill -INT -- "-$job" 2>/dev/null || true; done; wait' EXIT
 trap 'exit 130' INT TERM
 
-spawn() {  # NAME COMMAND...: in the background, as soon as fewer than two run, with its output in $out/NAME.log
+spawn() {  # NAME COMMAND...: in the background, as soon as fewer than $at_once run, with its output in $out/NAME.log
     local log=$out/$1.log
     shift
-    while [ "$(jobs -rp | wc -l)" -ge 2 ]; do sleep 1; done
+    while [ "$(jobs -rp | wc -l)" -ge "$at_once" ]; do sleep 1; done
     { "$@" > "$log" 2>&1 || { echo "train.sh: stopped, see $log" >&2; tail -n 5 "$log" >&2; exit 1; } } &
     pids+=($!)
 }
@@ -38,11 +41,11 @@ stage() {  # NAME OPTIONS...: a run of invert4tvg.py in $out/NAME; skipped when 
     touch "$out/$name/complete"
 }
 
-measure() {  # NAME [FOLDER OPTIONS...]: evaluate $out/NAME into $out/FOLDER (default NAME-test) unless that is done
-    local name=$1 folder=${2:-$1-test}
-    shift $(($# < 2 ? $# : 2))
+measure() {  # MODEL FOLDER OPTIONS...: evaluate MODEL into $out/FOLDER, unless that is done
+    local model=$1 folder=$2
+    shift 2
     if [ -e "$out/$folder/metrics.json" ]; then return; fi
-    "${evaluate[@]}" --model "$out/$name" --annotations "$test" "$@" --output "$out/$folder"
+    "${evaluate[@]}" --model "$model" --annotations "$test" "$@" --output "$out/$folder"
 }
 
 # ---------------------------------------------------------------------------------------------- the toy
@@ -54,8 +57,10 @@ toy() {  # SEED: the settings of the toy's runs
     local clips=(--videos "$out/videos" --min-frame-pixels 784 --max-frame-pixels 784 --max-new-tokens 24 --workers 1)
     train=(python invert4tvg.py "${clips[@]}" --seed "$seed" --micro-batch 16 --no-gradient-checkpointing)
     evaluate=(python evaluate.py "${clips[@]}" --micro-batch 128)
-    test=$out/test.txt
-    grpo=(--annotations "$out/train.txt" --iterations 350 --lr 4e-4)
+    rows=$out/train.txt test=$out/test.txt base=$out/warm cold_start=$out/cold-start.jsonl at_once=2
+    anchor_start=$out/anchors.jsonl anchors=(--tvg-reward anchors --max-new-tokens 48)
+    grpo=(--annotations "$rows" --iterations 350 --lr 4e-4)
+    long=(--iterations 950) short=(--iterations 60) sft=(--iterations 400 --lr 1e-3) rows_kept=1000
 }
 
 warm_start() {  # supervised, stopped early, four of the ten verbs rare
@@ -90,9 +95,9 @@ demo() {
     echo "--- 3/4 as much time of supervised training ($out/supervised.log), and evaluation on held-out videos"
     spawn supervised stage supervised --model "$out/warm" --demonstrations "$out/warmup-2.jsonl" --lr 1e-3 \
         --iterations "$(python demo/table.py "$out" iterations)"
-    for run in warm grpo tvg-only; do measure $run; done
+    for run in warm grpo tvg-only; do measure "$out/$run" "$run-test"; done
     settle
-    measure supervised
+    measure "$out/supervised" supervised-test
 
     echo "--- 4/4 the table"
     python demo/table.py "$out"
@@ -104,25 +109,33 @@ ablations() {
         toy "$seed"
         echo "--- seed $seed"
         warm_start
-        measure warm
+        measure "$out/warm" warm-test
         while read -r name options; do
             spawn "$name" ablation "$name" $options
         done <<< "$ABLATIONS"
         settle
     done
+    python demo/ablations.py $seeds
 }
 
 ablation() {  # NAME OPTIONS...: train and evaluate one
     local name=$1
     shift
-    stage "$name" --model "$out/warm" "${grpo[@]}" "$@"
-    measure "$name"
+    if [ "$name" = invert-sft-grpo ]; then  # Figure 6
+        base=$out/invert-sft
+        python stages.py invert-sft --annotations "$rows" --output "$base.jsonl"
+        stage invert-sft --model "$out/warm" --demonstrations "$base.jsonl" --inversion-format answer \
+            --iterations 100 --lr 1e-4
+        measure "$out/invert-sft" invert-sft-test
+    fi
+    stage "$name" --model "$base" "${grpo[@]}" "$@"
+    measure "$out/$name" "$name-test"
     case $name in  # Figure 4: videos of another kind, annotations of another format
-        grpo | tvg-only) measure "$name" "$name-transfer" --annotations "$out/transfer.json" ;;
+        grpo | tvg-only) measure "$out/$name" "$name-transfer" --annotations "$out/transfer.json" ;;
     esac
 }
 
-# Table 2; Figure 5 (with tvg-only and grpo); Table 3; Figure 1, right.
+# Table 2; Figure 5 (with tvg-only and grpo); Table 3; Figure 1, right; Figure 6.
 ABLATIONS='tvg-only --p 1
 grpo --p 0.8
 vd --inversion-tasks vd
@@ -137,25 +150,111 @@ p-0.2 --p 0.2
 p-0.0 --p 0
 cosine --inversion-reward cosine
 tvg-only-no-kl --p 1 --kl-coef 0
-grpo-no-kl --p 0.8 --kl-coef 0'
+grpo-no-kl --p 0.8 --kl-coef 0
+invert-sft-grpo --p 0.8'
 
 # ---------------------------------------------------------------------------------------------- Charades-STA
 
-charades() {
-    local size=$1
-    shift
+charades() {  # 3b or 7b: the settings of the runs on GPUs
     local gpus=${GPUS:-8}
-    local out=runs/charades-$size
-    # Eight prompts an iteration on any number of GPUs. Ctrl-C saves first, which 30 seconds are too short for.
-    torchrun --nproc_per_node "$gpus" --shutdown-timeout 1800 invert4tvg.py --accumulation $((8 / gpus)) --model "Qwen/Qwen2.5-VL-${size^^}-Instruct" \
-        --annotations data/charades_sta_train.txt --videos data/videos --output "$out" \
-        --eval-every 500 --eval-annotations data/charades_sta_test.txt "$@"
-    torchrun --nproc_per_node "$gpus" evaluate.py --model "$out" --annotations data/charades_sta_test.txt \
-        --videos data/videos --output "$out/test"
+    local launch=(torchrun --nproc_per_node "$gpus" --shutdown-timeout 1800)  # Ctrl-C saves: 30 seconds are too few
+    out=runs/charades-$1 rows=data/charades_sta_train.txt test=data/charades_sta_test.txt at_once=1
+    base=Qwen/Qwen2.5-VL-${1^^}-Instruct cold_start=${COLD_START:-data/tvg_cold_start.jsonl}
+    anchor_start= anchors=(--tvg-reward anchors)
+    # Eight prompts an iteration on any number of GPUs.
+    train=("${launch[@]}" invert4tvg.py --videos data/videos --accumulation $((8 / gpus)))
+    evaluate=("${launch[@]}" evaluate.py --videos data/videos)
+    grpo=(--annotations "$rows")
+    long=(--epochs 5) short=(--epochs 1) sft=(--epochs 1) rows_kept=2500
+    mkdir -p "$out"
 }
 
-case "${1:-}" in
-    demo | ablations) "$@" ;;
-    charades-3b | charades-7b) name=$1; shift; charades "${name#charades-}" "$@" ;;
-    *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+invert4tvg() {
+    stage invert4tvg --model "$base" "${grpo[@]}" --eval-every 500 --eval-annotations "$test" "$@"
+    measure "$out/invert4tvg" invert4tvg-test
+}
+
+# ---------------------------------------------------------------------------------------------- other papers
+
+somewhere() {  # SEED, or charades-3b, or charades-7b
+    case $1 in
+        charades-3b | charades-7b) charades "${1#charades-}" ;;
+        *) toy "$1"; warm_start ;;
+    esac
+}
+
+time_r1() {  # a first choice around an IoU of 0.3, then before each epoch only what is neither hopeless nor solved
+    somewhere "${1:-0}"
+    choose() {  # NAME ANNOTATIONS OPTIONS...: choose rows for $out/time-r1-NAME.json by $model's answers
+        local name=$1 from=$2
+        shift 2
+        measure "$model" "time-r1-$name-rows" --annotations "$from" --tasks tvg
+        python stages.py difficulty --annotations "$from" --predictions "$out/time-r1-$name-rows" \
+            --keep "$rows_kept" --output "$out/time-r1-$name.json" "$@"
+    }
+    local model=$base epoch
+    choose 0 "$rows" --difficulty 0 1 --choose gaussian
+    for epoch in 1 2 3 4 5; do
+        choose "$epoch" "$out/time-r1-0.json" --difficulty 0 0.7
+        stage "time-r1-$epoch" --model "$model" "${grpo[@]}" "${short[@]}" --annotations "$out/time-r1-$epoch.json" \
+            --tvg-reward timestamp_iou --p 1
+        model=$out/time-r1-$epoch
+    done
+    measure "$base" time-r1-base-test --tasks tvg
+    measure "$model" time-r1-test --tasks tvg
+    python demo/table.py "$out" rows "base=time-r1-base-test" \
+        "Time-R1, five epochs=time-r1-test:time-r1-1,time-r1-2,time-r1-3,time-r1-4,time-r1-5"
+}
+
+tar_tvg() {  # GRPO collects traces, supervised training of a fresh base on the best, GRPO from there
+    somewhere "${1:-0}"
+    local name
+    if [ -n "$anchor_start" ]; then  # the toy's base must learn the prompt; a fifth of these have anchors, poor ones
+        stage tar-base --model "$base" --demonstrations "$anchor_start" "${anchors[@]}" "${sft[@]}"
+        base=$out/tar-base
+    fi
+    spawn tar-plain stage tar-plain --model "$base" "${grpo[@]}" "${long[@]}" --p 1
+    stage tar-1 --model "$base" "${grpo[@]}" "${anchors[@]}" --p 1 --save-rollouts
+    python stages.py anchors --rollouts "$out/tar-1" --output "$out/tar-2.jsonl"
+    stage tar-2 --model "$base" --demonstrations "$out/tar-2.jsonl" "${anchors[@]}" "${sft[@]}"
+    stage tar-3 --model "$out/tar-2" "${grpo[@]}" "${anchors[@]}" --p 1
+    for name in tar-1 tar-2 tar-3; do measure "$out/$name" "$name-test" "${anchors[@]}" --tasks tvg; done
+    measure "$base" tar-base-test "${anchors[@]}" --tasks tvg
+    settle
+    measure "$out/tar-plain" tar-plain-test --tasks tvg
+    python demo/table.py "$out" rows "base=tar-base-test" "stage 1: GRPO with anchors=tar-1-test:tar-1" \
+        "stage 2: fresh base, supervised on its best=tar-2-test:tar-1,tar-2" \
+        "stage 3: GRPO from there=tar-3-test:tar-1,tar-2,tar-3" "plain GRPO=tar-plain-test:tar-plain"
+}
+
+tvg_r1() {  # cold start, rows of middling difficulty for the model at hand, GRPO
+    somewhere "${1:-0}"
+    local r1=(--tvg-reward tvg_r1) start
+    python stages.py longest --demonstrations "$cold_start" --share 0.5 --output "$out/r1-cold.jsonl"
+    stage r1-cold --model "$base" --demonstrations "$out/r1-cold.jsonl" "${r1[@]}" "${sft[@]}"
+    spawn r1-only r1_rl r1-only "$base"
+    spawn r1-both r1_rl r1-both "$out/r1-cold"
+    measure "$base" r1-base-test "${r1[@]}" --tasks tvg
+    measure "$out/r1-cold" r1-cold-test "${r1[@]}" --tasks tvg
+    settle
+    grep -h -B 13 "rows kept" "$out/r1-only.log" "$out/r1-both.log"
+    python demo/table.py "$out" rows "base=r1-base-test" "cold start only=r1-cold-test:r1-cold" \
+        "RL only=r1-only-test:r1-only" "both=r1-both-test:r1-cold,r1-both"
+}
+
+r1_rl() {  # NAME MODEL: TVG-R1's reinforcement learning from MODEL (no KL, as in its code) and an evaluation
+    measure "$2" "$1-rollouts" --annotations "$rows" "${r1[@]}" --tasks tvg --samples 4
+    python stages.py difficulty --annotations "$rows" --predictions "$out/$1-rollouts" --difficulty 0.1 0.7 \
+        --output "$out/$1.json"
+    stage "$1" --model "$2" "${grpo[@]}" --annotations "$out/$1.json" "${r1[@]}" --p 1 --kl-coef 0 --weight-decay 0.01
+    measure "$out/$1" "$1-test" "${r1[@]}" --tasks tvg
+}
+
+name=${1:-}
+shift || true
+case $name in
+    demo | ablations) "$name" "$@" ;;
+    charades-3b | charades-7b) charades "${name#charades-}"; invert4tvg "$@" ;;
+    time-r1 | tar-tvg | tvg-r1) "${name//-/_}" "$@" ;;
+    *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

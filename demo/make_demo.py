@@ -175,8 +175,10 @@ def make_tokenizer():
              ",", "]", "to", "the", "is", "pinpoint", "Add", "Use", "Describe", *COLOURS, *SHAPES, *VERBS, *(f"{i / 2}" for i in range(25))]
     vocabulary = {word: i for i, word in enumerate([*SPECIALS, *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
-    escaped = "|".join(map(re.escape, words))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(rf"(?<![\w.])(?:{escaped})(?![\w])(?!\.\d)"), "removed", invert=True)
+    tags, escaped = "|".join(words[:8]), "|".join(map(re.escape, words[8:]))
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(
+        Regex(rf"{tags}|(?<![\w.])(?:{escaped})(?![\w])(?!\.\d)"), "removed", invert=True)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                         additional_special_tokens=list(SPECIALS))
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -210,7 +212,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--videos", type=int, nargs=3, default=(1200, 150, 300), metavar=("TRAIN", "VAL", "TEST"))
+    parser.add_argument("--videos", type=int, nargs=3, default=(1200, 150, 150), metavar=("TRAIN", "VAL", "TEST"))
     args = parser.parse_args()
     splits = dict(zip(("train", "val", "test", "transfer"), (*args.videos, args.videos[2])))
     videos = args.folder / "videos"

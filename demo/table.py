@@ -3,8 +3,10 @@
     python demo/table.py FOLDER             print the table, from FOLDER/<run>-test/ and FOLDER/<run>/metrics.jsonl
     python demo/table.py FOLDER iterations  print how many supervised iterations fill the time that GRPO took
     python demo/table.py FOLDER sees RUN    succeed when supervised RUN ended below SEES nats a token
+    python demo/table.py FOLDER rows "LABEL=EVALUATION[:RUN,RUN...]" ...
+                                            print a table of evaluations, with the minutes that their RUNs took
 
-FOLDER is what `bash train.sh demo` fills.
+FOLDER is what `bash train.sh` fills.
 """
 
 import json
@@ -22,7 +24,7 @@ import rewards  # noqa: E402
 ROWS = {"warm": "warm start (supervised, short on purpose)", "grpo": "+ GRPO with inversion, p = 0.8",
         "tvg-only": "+ GRPO, grounding only, p = 1", "supervised": "+ supervised instead, about as long"}
 COLUMNS = ("mIoU", "R1@0.3", "R1@0.5", "R1@0.7", "VC", "AR", "VD")
-
+MORE_COLUMNS = (*COLUMNS[:4], "format", "2-4 anchors", "anchor gain")
 
 SEES = 0.26  # 0.31 and above as long as the model only guesses the verb of a clip
 
@@ -59,11 +61,24 @@ def main(folder):
           f"Inversion against grounding only: {actions:+.1f} points of VC, AR and VD on average.")
 
 
+def print_rows(folder, rows):
+    print("| held-out test videos | minutes | " + " | ".join(MORE_COLUMNS) + " |\n|---|---|" + "---|" * len(MORE_COLUMNS))
+    for row in rows:
+        label, _, found = row.partition("=")
+        evaluation, _, runs = found.partition(":")
+        metrics = json.loads((folder / evaluation / "metrics.json").read_text())
+        spent = sum(sum(logged(folder, run, "seconds")) for run in runs.split(",")) / 60 if runs else None
+        cells = [metrics.get(name) for name in MORE_COLUMNS]
+        print(f"| {label} | " + " | ".join("" if cell is None else f"{cell:.1f}" for cell in (spent, *cells)) + " |")
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     if sys.argv[2:] == ["iterations"]:
         print(round(sum(logged(folder, "grpo", "seconds")) / statistics.median(logged(folder, "warm", "seconds"))))
     elif sys.argv[2:3] == ["sees"]:
         sys.exit(statistics.mean(logged(folder, sys.argv[3], "nll")[-100:]) > SEES)
+    elif sys.argv[2:3] == ["rows"]:
+        print_rows(folder, sys.argv[3:])
     else:
         main(folder)

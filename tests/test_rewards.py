@@ -213,6 +213,102 @@ def test_reversed_span_scores_zero():
     assert score("tvg", thought("6 to 2"), sample()) == {"format": 1, "iou": 0, "total": 1}
 
 
+# ---- Other papers' rewards for grounding
+
+@pytest.mark.parametrize("answer, span", [
+    ("[2.5, 4.0]", (2.5, 4)), ("[2.5,4]", (2.5, 4)), (" [ 2.5 , 4.0 ] ", (2.5, 4)), ("2 to 3 or [3, 4]", (3, 4)),
+    ("[3, 4], that is 5 to 6", (5, 6)), ("[[1, 2]]", (1, 2)), ("[1, 2, 3]", None), ("[-1, 2]", None), ("(1, 2)", None),
+    ("[1,200.5, 3]", None), ("[1e3, 2]", None), ("[1; 2]", None), ("[1, 2", None), ("[12:30, 14]", None)])
+def test_lists_of_times_are_read_in_either_tag(answer, span):
+    assert parse_span(thought(answer)) == span
+    assert parse_span(f"<think>a</think> It is <time>{answer}</time>.") == span
+
+
+def test_the_last_of_answer_and_time_counts():
+    assert parse_span("<answer>1 to 2</answer> <time>[3, 4]</time>") == (3, 4)
+    assert parse_span("<time>[3, 4]</time> <answer>1 to 2</answer>") == (1, 2)
+
+
+@pytest.mark.parametrize("completion, form", [
+    ("<think>a</think> <time>[1, 2]</time>", 1), ("<think>a</think> So it is <time>[1, 2]</time>, I think.", 1),
+    ("a <think>a</think> <time>[1, 2]</time>", 0), ("<think>a</think> <time>soon</time>", 0),
+    ("<time>[1, 2]</time> <think>a</think>", 0), ("<think>a</think> <answer>1 to 2</answer>", 0),
+    ("<think> </think> <time>[1, 2]</time>", 0)])
+def test_the_format_of_tvg_r1(completion, form):
+    assert format_reward("tvg", completion, tvg_reward="tvg_r1") == form
+    assert format_reward("tvg", completion) == float("<answer>" in completion)
+
+
+def test_tvg_r1_weighs_iou_and_format():
+    # truth 2 to 6: IoU of 4 to 8 is 2 / 6
+    assert score("tvg", "<think>a</think> <time>[4, 8]</time>", sample(), tvg_reward="tvg_r1") == {
+        "format": 1, "iou": 2 / 6, "total": pytest.approx(0.1 + 0.9 * 2 / 6)}
+    assert score("tvg", thought("2 to 6"), sample(), tvg_reward="tvg_r1")["total"] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("span, value", [
+    ((2, 6), 1), ((4, 8), 2 / 6 * 0.8 * 0.8), ((1, 6), 4 / 5 * 0.9), ((7, 9), 0), ((6, 2), 0), ((2, 30), 0)])
+def test_time_r1_by_hand(span, value):  # duration 10, truth 2 to 6; the end of 2 to 30 is off by more than the video
+    assert rewards.timestamp_iou(span, (2, 6), 10) == pytest.approx(value)
+
+
+def test_two_errors_beyond_the_video_are_not_rewarded():  # (1 - 12 / 10) * (1 - 14 / 10) would be positive
+    assert rewards.timestamp_iou((0, 30), (12, 16), 10) == 0
+
+
+def test_time_r1_adds_the_format():
+    s = SimpleNamespace(query=DOOR, start=2.0, end=6.0, duration=10)
+    assert score("tvg", thought("4 to 8"), s, tvg_reward="timestamp_iou") == {
+        "format": 1, "iou": 2 / 6, "timestamp_iou": pytest.approx(0.64 / 3), "total": pytest.approx(1 + 0.64 / 3)}
+
+
+@pytest.mark.parametrize("span, value", [
+    ((2, 6), 1), ((4, 8), 2 / 6), ((8, 12), -0.2), ((6, 7), 0), ((6, 2), -1), (None, -1), ((3, 3), -1)])
+def test_soft_iou_by_hand(span, value):  # truth 2 to 6; 8 to 12 leaves a gap of 2 in a hull of 10
+    assert rewards.soft_iou(span, (2, 6)) == pytest.approx(value)
+
+
+@given(st.tuples(seconds, seconds), st.tuples(seconds, seconds))
+def test_soft_iou_is_iou_where_segments_meet(a, b):
+    soft = rewards.soft_iou(a, b)
+    assert -1 <= soft <= 1 and max(soft, 0) == pytest.approx(temporal_iou(a, b))
+
+
+def anchored(*spans, answer="2 to 6"):
+    body = " ".join(f"first <timestamp>{span}</timestamp>" for span in spans)
+    return f"<think>a {body}</think> <answer>{answer}</answer>"
+
+
+def test_anchors_are_read_before_the_answer_only():
+    assert rewards.parse_anchors(anchored("1 to 2", "soon", "[3, 4]")) == [(1, 2), (3, 4)]
+    assert rewards.parse_anchors("<think>a</think> <answer><timestamp>1 to 2</timestamp></answer>") == []
+    assert rewards.parse_anchors("<timestamp>1 to 2</timestamp>") == []
+    assert format_reward("tvg", anchored("1 to 2"), tvg_reward="anchors") == 1
+
+
+def test_anchor_reward_by_hand():
+    # truth 2 to 6. IoUs: 4 to 8 1/3, 3 to 6 3/4, 2 to 6 1: rising. Weights of two anchors: 1/3, 2/3.
+    assert rewards.anchor_reward([(4, 8), (3, 6)], (2, 6), (2, 6)) == pytest.approx(1 / 9 + 2 / 3 * 3 / 4 + 0.5)
+    assert rewards.anchor_reward([(3, 6), (4, 8)], (2, 6), (2, 6)) == pytest.approx(1 / 3 * 3 / 4 + 2 / 9)  # falls
+    assert rewards.anchor_reward([(3, 6), (3, 6)], (2, 6), (2, 6)) == pytest.approx(3 / 4)  # stands still
+    assert rewards.anchor_reward([(4, 8), (3, 6)], (3, 6), (2, 6)) == pytest.approx(1 / 9 + 1 / 2)  # so does the answer
+    assert rewards.anchor_reward([(4, 8), (3, 6)], None, (2, 6)) == pytest.approx(1 / 9 + 1 / 2)
+
+
+@pytest.mark.parametrize("count, reward", [(0, 0), (1, 0), (2, 1), (3, 1), (4, 1), (5, 0)])
+def test_two_to_four_anchors_earn(count, reward):
+    assert rewards.anchor_reward([(2, 6)] * count, (2, 6), (2, 6)) == pytest.approx(reward)
+
+
+def test_tar_tvg_by_hand():
+    parts = score("tvg", anchored("4 to 8", "3 to 6"), sample(), tvg_reward="anchors", anchor_weight=2, progress_weight=3)
+    value = 1 / 9 + 1 / 2 + 3
+    assert parts == {"format": 1, "iou": 1, "soft_iou": 1, "anchor_reward": pytest.approx(value), "anchors": 2,
+                     "anchor_gain": pytest.approx(2 / 3), "total": pytest.approx(1 + 1 + 2 * value)}
+    worst = score("tvg", "nothing", sample(), tvg_reward="anchors")
+    assert worst["total"] == -1 and worst["anchor_gain"] == 0
+
+
 # ---- Eq. 5, verb completion
 
 @pytest.mark.parametrize("answer", [
