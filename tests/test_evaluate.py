@@ -12,11 +12,11 @@ import runtime
 from conftest import write_video
 
 
-def prediction(row, task="tvg", video="a.mp4", iou=0.0, value=0.0, span=(0.0, 1.0), format=1.0, verbs=1.0):
-    parts = {"format": format, "iou": iou} if task == "tvg" else {"format": format, task: value}
+def prediction(row, task="tvg", video="a.mp4", iou=0.0, value=0.0, span=(0.0, 1.0), format=1.0, verbs=1.0, **more):
+    parts = {"format": format, "iou": iou} | more if task == "tvg" else {"format": format, task: value}
     if task == "vd":
         parts["vd_verbs"] = verbs
-    return {"row": row, "task": task, "video": video, "query": f"query {row}", "parts": parts,
+    return {"row": row, "task": task, "sample": 0, "video": video, "query": f"query {row}", "parts": parts,
             "span": span if task == "tvg" else None, "error": None}
 
 
@@ -39,6 +39,13 @@ def test_summary_by_hand():
     assert metrics["format"] == pytest.approx(200 / 3) and metrics["VC"] == 50.0 and metrics["VD verbs"] == 3.0
     assert metrics["rows"] == {"tvg": 3, "vc": 2, "vd": 1}
     assert metrics["without a span"] == 1 and metrics["reversed spans"] == 1
+
+
+def test_anchors_are_summarized_by_hand():
+    metrics = evaluate.summarize([prediction(0, anchors=0.0, anchor_gain=0.0), prediction(1, anchors=2.0, anchor_gain=0.3),
+                                  prediction(2, anchors=4.0, anchor_gain=0.1), prediction(3, anchors=5.0, anchor_gain=-0.1)])
+    assert metrics["2-4 anchors"] == 50.0
+    assert metrics["anchor gain"] == pytest.approx(10.0)  # over the three answers that have anchors
 
 
 def test_bootstrap_interval_of_a_constant_difference_is_that_difference():
@@ -114,12 +121,29 @@ def test_interrupted_evaluation_goes_on_and_ends_the_same(settings, monkeypatch)
     kept = whole.splitlines(keepends=True)
     path.write_text("".join(kept[:4]) + kept[4][:30])  # as a kill in the middle of a line leaves it
     done = []
-    monkeypatch.setattr(evaluate, "answers", lambda m, p, s, items, c, f=evaluate.answers: (
-        done.extend((i.index, i.task) for i in items), f(m, p, s, items, c))[1])
+    monkeypatch.setattr(evaluate, "answers", lambda m, p, s, items, c, k, f=evaluate.answers: (
+        done.extend((i.index, i.task) for i in items), f(m, p, s, items, c, k))[1])
     runtime.run(evaluate.main, settings)
     key = lambda p: (p["row"], p["task"])  # noqa: E731
     assert len(done) == len(kept) - 4
     assert evaluate.read_predictions(settings.output) == sorted(map(json.loads, kept), key=key)
+
+
+def test_samples_are_k_draws_of_each_row_the_same_each_time(settings):
+    settings = dataclasses.replace(settings, samples=3, tasks=("tvg",))
+    runtime.run(evaluate.main, settings)
+    runtime.run(evaluate.main, dataclasses.replace(settings, output=settings.output + "-again"))
+    first = lines(settings)
+    assert sorted((p["row"], p["sample"]) for p in first) == [(row, k) for row in range(3) for k in range(3)]
+    assert len({p["completion"] for p in first}) == 9  # a random model's draws differ
+    assert first == lines(dataclasses.replace(settings, output=settings.output + "-again"))
+    metrics = json.loads((data.Path(settings.output) / "metrics.json").read_text())
+    assert metrics["rows"] == {"tvg": 9}
+    kept = evaluate.read_predictions(settings.output)
+    path = data.Path(settings.output) / "predictions.0.jsonl"
+    path.write_text("".join(json.dumps(p) + "\n" for p in kept[:4]))  # row 1 has one of three
+    runtime.run(evaluate.main, settings)
+    assert len(evaluate.read_predictions(settings.output)) == 9
 
 
 def test_finished_evaluation_loads_no_model(settings, monkeypatch):

@@ -1,0 +1,128 @@
+"""Every system and every ablation on the demo's data, a few iterations each, through the programs' command lines."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import invert4tvg
+import runtime
+import stages
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "demo"))
+import make_demo  # noqa: E402
+
+CLIPS = ["--min-frame-pixels", "784", "--max-frame-pixels", "784", "--max-new-tokens", "24", "--workers", "0"]
+ABLATIONS = re.search(r"^ABLATIONS='(.*?)'", (ROOT / "train.sh").read_text(), re.DOTALL | re.MULTILINE)[1].splitlines()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo's files with eight training videos, and a model that has seen the answers' format."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["make_demo.py", str(folder), "--videos", "8", "2", "2"])
+        make_demo.main()
+    train(folder, "warm", "--model", folder / "model", "--demonstrations", folder / "warmup-1.jsonl", "--train-vision",
+          "--iterations", 60, "--lr", 4e-3)
+    return folder
+
+
+def train(folder, name, *argv):
+    """Run invert4tvg.py -> its log."""
+    argv = [*CLIPS, "--videos", folder / "videos", "--micro-batch", 4, "--output", folder / name, *argv]
+    runtime.run(invert4tvg.train, runtime.parse_settings(invert4tvg.Config, "", list(map(str, argv))))
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def measure(folder, name, *argv):
+    """Run evaluate.py -> its metrics."""
+    argv = [*CLIPS, "--videos", folder / "videos", "--micro-batch", 32, "--output", folder / name, *argv]
+    runtime.run(evaluate.main, runtime.parse_settings(evaluate.EvalSettings, "", list(map(str, argv))))
+    return json.loads((folder / name / "metrics.json").read_text())
+
+
+def stage(*argv):
+    stages.main(stages.parse(list(map(str, argv))))
+
+
+def test_invert_sft(demo):
+    stage("invert-sft", "--annotations", demo / "train.txt", "--output", demo / "invert-sft.jsonl")
+    log = train(demo, "invert-sft", "--model", demo / "warm", "--demonstrations", demo / "invert-sft.jsonl",
+                "--inversion-format", "answer", "--iterations", 3)
+    assert log[0]["lr"] == 1e-5 and all(row["nll"] > 0 for row in log)
+
+
+def test_time_r1(demo):
+    measure(demo, "rows", "--model", demo / "warm", "--annotations", demo / "train.txt", "--tasks", "tvg")
+    stage("difficulty", "--annotations", demo / "train.txt", "--predictions", demo / "rows", "--difficulty", -1, 0.7,
+          "--keep", 5, "--choose", "gaussian", "--output", demo / "rows.json")
+    log = train(demo, "time-r1", "--model", demo / "warm", "--annotations", demo / "rows.json", "--tvg-reward",
+                "timestamp_iou", "--p", 1, "--epochs", 1)
+    assert len(log) == 2  # five rows, four prompts an iteration
+    for row in log:
+        assert 0 <= row["tvg/timestamp_iou"] <= row["tvg/iou"]
+        assert row["tvg/total"] == pytest.approx(row["tvg/format"] + row["tvg/timestamp_iou"])
+
+
+def test_tar_tvg(demo):
+    anchors = "--tvg-reward", "anchors", "--max-new-tokens", 48
+    train(demo, "tar-0", "--model", demo / "warm", "--demonstrations", demo / "anchors.jsonl", *anchors, "--iterations", 30,
+          "--lr", 4e-3)
+    log = train(demo, "tar-1", "--model", demo / "tar-0", "--annotations", demo / "train.txt", *anchors, "--p", 1,
+                "--iterations", 2, "--save-rollouts")
+    for row in log:
+        assert row["tvg/total"] == pytest.approx(row["tvg/format"] + row["tvg/soft_iou"] + 0.5 * row["tvg/anchor_reward"])
+    rollouts = [json.loads(line) for line in (demo / "tar-1" / "rollouts.0.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 2 * 4 * 8 and sum(r["parts"]["anchors"] for r in rollouts) == pytest.approx(
+        32 * sum(row["tvg/anchors"] for row in log))
+
+    good = rollouts[0] | {"completion": "<think> the <timestamp> 0.0 to 12.0 </timestamp> <timestamp> {start} to 12.0 "
+                                        "</timestamp> </think> <answer> {start} to {end} </answer>".format(**rollouts[0])}
+    with open(demo / "tar-1" / "rollouts.1.jsonl", "w") as file:  # another rank's
+        file.write(json.dumps(good) + "\n")
+    stage("anchors", "--rollouts", demo / "tar-1", "--output", demo / "tar-2.jsonl")
+    assert good["completion"] in (demo / "tar-2.jsonl").read_text().replace("\\n", "")
+    train(demo, "tar-2", "--model", demo / "tar-0", "--demonstrations", demo / "tar-2.jsonl", *anchors, "--iterations", 25,
+          "--lr", 4e-3)
+    train(demo, "tar-3", "--model", demo / "tar-2", "--annotations", demo / "train.txt", *anchors, "--p", 1,
+          "--iterations", 1)
+    metrics = measure(demo, "tar-test", "--model", demo / "tar-3", "--annotations", demo / "test.txt", *anchors, "--tasks",
+                      "tvg")
+    assert metrics["2-4 anchors"] > 50 and "anchor gain" in metrics  # the one demonstration, learned by heart
+
+
+def test_tvg_r1(demo):
+    r1 = "--tvg-reward", "tvg_r1", "--p", 1
+    stage("longest", "--demonstrations", demo / "cold-start.jsonl", "--share", 0.5, "--output", demo / "cold.jsonl")
+    train(demo, "cold", "--model", demo / "warm", "--demonstrations", demo / "cold.jsonl", *r1[:2], "--iterations", 40,
+          "--lr", 4e-3)
+    measure(demo, "k", "--model", demo / "cold", "--annotations", demo / "train.txt", *r1[:2], "--tasks", "tvg",
+            "--samples", 2)
+    stage("difficulty", "--annotations", demo / "train.txt", "--predictions", demo / "k", "--difficulty", -1, 0.99,
+          "--output", demo / "band.json")
+    log = train(demo, "r1", "--model", demo / "cold", "--annotations", demo / "band.json", *r1, "--iterations", 2)
+    for row in log:
+        assert row["tvg/format"] > 0.05  # it has begun to learn <time>[a, b]</time>, of which its base knows nothing
+        assert row["tvg/total"] == pytest.approx(0.1 * row["tvg/format"] + 0.9 * row["tvg/iou"])
+
+
+@pytest.mark.parametrize("name, options", [line.split(maxsplit=1) for line in ABLATIONS])
+def test_ablations(demo, name, options):
+    log = train(demo, f"ablation-{name}", "--model", demo / "warm", "--annotations", demo / "train.txt", "--iterations", 2,
+                "--seed", 3, *options.split())
+    assert [row["iteration"] for row in log] == [0, 1]
+    assert all(("kl" in row) == ("--kl-coef" not in options) for row in log)
+
+
+def test_zero_shot_transfer_is_one_command(demo):
+    log = train(demo, "transfer", "--model", demo / "warm", "--annotations", demo / "train.txt", "--iterations", 1,
+                "--eval-every", 1, "--eval-annotations", demo / "transfer.json", "--eval-limit", 0)
+    assert [row["iteration"] for row in log if row["task"] == "eval"] == [0, 1]
+    rows = [json.loads(line) for line in (demo / "transfer" / "eval-000001" / "predictions.0.jsonl").read_text().split("\n")
+            if line]
+    assert {Path(row["video"]).name for row in rows} == {"TRANSFER0000.mp4", "TRANSFER0001.mp4"}
