@@ -82,8 +82,8 @@ def load_annotations(path, video_dir, single_window=False):
 def load_demonstrations(path, video_dir):
     """Read a jsonl of {video, query, start, end, task, completion} as a list of `Demonstration`.
 
-    TVG-R1's names are read too: "problem" for the query, "gt_frame" [start, end], "solution" for the completion (its
-    cold-start file is not public; its RL rows have the first two); a row without a task is grounding.
+    TVG-R1's names are read too: "problem" for the query, "gt_frame" [start, end] and "video_length" in seconds, as in its
+    RL rows, and "solution" for the completion (of its cold-start rows' names this one is a guess); they are grounding.
     Raises ValueError naming the file and the line of a malformed row.
     """
     find, rows = _video_finder(video_dir), []
@@ -92,12 +92,11 @@ def load_demonstrations(path, video_dir):
             r = json.loads(line)
             if "gt_frame" in r:
                 start, end = r["gt_frame"]
-                r = {"query": r["problem"], "start": start, "end": end} | r
+                r = {"query": r["problem"], "start": start, "end": end, "task": "tvg"} | r
             sample = _sample(find(r["video"]), r["start"], r["end"], r.get("video_length"), r["query"], where)
-            task = r.get("task", "tvg")
-            if task not in PROMPTS:
-                raise ValueError(f"task {task!r} is none of {', '.join(PROMPTS)}")
-            rows.append(Demonstration(sample, task, str(r["completion"] if "completion" in r else r["solution"])))
+            if r["task"] not in PROMPTS:
+                raise ValueError(f"task {r['task']!r} is none of {', '.join(PROMPTS)}")
+            rows.append(Demonstration(sample, r["task"], str(r["completion"] if "completion" in r else r["solution"])))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = f"no field {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path}, {where}: not a readable demonstration ({reason}).") from error

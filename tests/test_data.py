@@ -190,6 +190,7 @@ def test_without_an_annotated_duration_the_videos_own_clamps(tmp_path):
     rows = [Sample(v, "q", start, 9.0) for v, start in [(video, 1.0), (video, 5.0), (str(tmp_path / "none.mp4"), 1.0)]]
     kept, clamped, dropped = prepare_training(rows)
     assert [s.end for s in kept] == [pytest.approx(4.0, abs=0.1), 9.0] and (clamped, dropped) == (1, 1)
+    assert [s.duration for s in kept] == [kept[0].end, None]  # noted, for Time-R1's reward
 
 
 DEMONSTRATION = dict(video="AO8RW.mp4", query="A door.", start=1, end=2.5, task="vc", completion="<answer>..</answer>")
@@ -200,6 +201,15 @@ def test_demonstrations_are_read(tmp_path):
     path.write_text(json.dumps(DEMONSTRATION) + "\n")
     sample = Sample(str(Path("v/AO8RW.mp4")), "a door", 1.0, 2.5, None, "line 1")
     assert load_demonstrations(path, "v") == [Demonstration(sample, "vc", "<answer>..</answer>")]
+
+
+@pytest.mark.parametrize("name", ["completion", "solution"])
+def test_demonstrations_with_the_field_names_of_tvg_r1_are_read(name, tmp_path):
+    row = {"dataset": "charades", "problem": "A door.", "choices": "", "video": "x/AO8RW.mp4", "video_length": 30.5,
+           "gt_frame": [1, 2.5], "ground_truth": "", name: "<think>a</think> <time>[1, 2.5]</time>"}
+    (tmp_path / "cold.jsonl").write_text(json.dumps(row) + "\n")
+    sample = Sample(str(Path("v/AO8RW.mp4")), "a door", 1.0, 2.5, 30.5, "line 1")
+    assert load_demonstrations(tmp_path / "cold.jsonl", "v") == [Demonstration(sample, "tvg", row[name])]
 
 
 @pytest.mark.parametrize("change", [{"task": "dance"}, {"task": []}, {"query": ""}, {"start": "x"}, {"end": -1}])
@@ -596,6 +606,14 @@ def test_inversions_may_answer_without_thinking_but_tvg_may_not():
         asks = prompt_text(task, "q", "f", "answer")
         assert ("<think>" in asks) == (task == "tvg") and asks.endswith("within the <answer> </answer> tags.")
         assert "<think>" in prompt_text(task, "q", "f")
+
+
+def test_anchors_and_lists_of_times_are_asked_of_grounding_alone():
+    for reward in ("iou", "timestamp_iou", "anchors", "tvg_r1"):
+        asks = prompt_text("tvg", "q", "f", tvg_reward=reward)
+        assert ("<timestamp>" in asks) == (reward == "anchors") and ("<time>" in asks) == (reward == "tvg_r1")
+        assert ("<answer>" in asks) == (reward != "tvg_r1") and "<think>" in asks
+        assert prompt_text("vd", "q", "f", tvg_reward=reward) == prompt_text("vd", "q", "f")
 
 
 # ---- Patches and positions
