@@ -48,7 +48,7 @@ class Config(evaluate.Settings):
     inversion_tasks: tuple = flag(data.INVERSION_TASKS, "inversion tasks, drawn uniformly; Table 2 ablates them",
                                   choices=data.INVERSION_TASKS)
     inversion_reward: str = flag("binary", "verb match or similarity; Table 3", choices=("binary", "cosine"))
-    anchor_weight: float = flag(0.5, "of the anchors in TAR-TVG's reward; this project's reading")
+    anchor_weight: float = flag(1.0, "of the anchors in TAR-TVG's reward; this project's reading")
     progress_weight: float = flag(0.5, "of a rise from anchor to anchor, within that; this project's reading")
     vd_verb_cap: int = flag(0, "a VD answer with more distinct verbs scores 0; 0: no cap (Eq. 7 has none)")
     demonstrations: str = flag("", "jsonl of {video, query, start, end, task, completion} to imitate instead of "

@@ -347,7 +347,7 @@ def tvg_parts(completion, sample, tvg_reward, anchor_weight, progress_weight):
 
 
 def score(task, completion, sample, inversion_format="think", inversion_reward="binary", vd_match="all",
-          vd_verb_cap=None, tvg_reward="iou", anchor_weight=0.5, progress_weight=0.5):
+          vd_verb_cap=None, tvg_reward="iou", anchor_weight=1.0, progress_weight=0.5):
     """The parts of a completion's reward by name, and their sum "total": by default 0 to 2 (Eq. 10, 11).
 
     `sample` has .query, .start and .end (seconds), for "timestamp_iou" .duration. "vd_verbs", the number of distinct

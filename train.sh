@@ -60,7 +60,7 @@ toy() {  # SEED: the settings of the toy's runs
     rows=$out/train.txt test=$out/test.txt base=$out/warm cold_start=$out/cold-start.jsonl at_once=2
     anchor_start=$out/anchors.jsonl anchors=(--tvg-reward anchors --max-new-tokens 48)
     grpo=(--annotations "$rows" --iterations 350 --lr 4e-4)
-    long=(--iterations 950) short=(--iterations 60) sft=(--iterations 400 --lr 1e-3) rows_kept=1000
+    long=(--iterations 700) half=(--iterations 250) short=(--iterations 60) sft=(--iterations 400 --lr 1e-3) rows_kept=1000
 }
 
 warm_start() {  # supervised, stopped early, four of the ten verbs rare
@@ -165,7 +165,7 @@ charades() {  # 3b or 7b: the settings of the runs on GPUs
     train=("${launch[@]}" invert4tvg.py --videos data/videos --accumulation $((8 / gpus)))
     evaluate=("${launch[@]}" evaluate.py --videos data/videos)
     grpo=(--annotations "$rows")
-    long=(--epochs 5) short=(--epochs 1) sft=(--epochs 1) rows_kept=2500
+    long=(--epochs 5) half=(--epochs 2) short=(--epochs 1) sft=(--epochs 1) rows_kept=2500
     mkdir -p "$out"
 }
 
@@ -214,10 +214,10 @@ tar_tvg() {  # GRPO collects traces, supervised training of a fresh base on the 
         base=$out/tar-base
     fi
     spawn tar-plain stage tar-plain --model "$base" "${grpo[@]}" "${long[@]}" --p 1
-    stage tar-1 --model "$base" "${grpo[@]}" "${anchors[@]}" --p 1 --save-rollouts
+    stage tar-1 --model "$base" "${grpo[@]}" "${half[@]}" "${anchors[@]}" --p 1 --save-rollouts
     python stages.py anchors --rollouts "$out/tar-1" --output "$out/tar-2.jsonl"
     stage tar-2 --model "$base" --demonstrations "$out/tar-2.jsonl" "${anchors[@]}" "${sft[@]}"
-    stage tar-3 --model "$out/tar-2" "${grpo[@]}" "${anchors[@]}" --p 1
+    stage tar-3 --model "$out/tar-2" "${grpo[@]}" "${half[@]}" "${anchors[@]}" --p 1
     for name in tar-1 tar-2 tar-3; do measure "$out/$name" "$name-test" "${anchors[@]}" --tasks tvg; done
     measure "$base" tar-base-test "${anchors[@]}" --tasks tvg
     settle
@@ -237,7 +237,7 @@ tvg_r1() {  # cold start, rows of middling difficulty for the model at hand, GRP
     measure "$base" r1-base-test "${r1[@]}" --tasks tvg
     measure "$out/r1-cold" r1-cold-test "${r1[@]}" --tasks tvg
     settle
-    grep -h -B 13 "rows kept" "$out/r1-only.log" "$out/r1-both.log"
+    grep -h -B 11 "rows kept" "$out/r1-only.log" "$out/r1-both.log"
     python demo/table.py "$out" rows "base=r1-base-test" "cold start only=r1-cold-test:r1-cold" \
         "RL only=r1-only-test:r1-only" "both=r1-both-test:r1-cold,r1-both"
 }

@@ -357,7 +357,7 @@ def test_ctrl_c_saves_and_resume_goes_on(config, tmp_path):
     (["--min-frame-pixels", "900000"], "--max-frame-pixels"), (["--kl-coef", "-1"], "cannot be negative"),
     (["--demonstrations", "d.jsonl", "--annotations", "a.txt"], "--annotations"),
     (["--demonstrations", "d.jsonl", "--save-rollouts"], "--save-rollouts"),
-    (["--anchor-weight", "1"], "--tvg-reward anchors"), (["--tvg-reward", "giou"], "'giou'")])
+    (["--anchor-weight", "2"], "--tvg-reward anchors"), (["--tvg-reward", "giou"], "'giou'")])
 def test_a_wrong_option_is_one_sentence(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
         runtime.parse_settings(invert4tvg.Config, "", argv)

@@ -76,7 +76,7 @@ def test_tar_tvg(demo):
     log = train(demo, "tar-1", "--model", demo / "tar-0", "--annotations", demo / "train.txt", *anchors, "--p", 1,
                 "--iterations", 2, "--save-rollouts")
     for row in log:
-        assert row["tvg/total"] == pytest.approx(row["tvg/format"] + row["tvg/soft_iou"] + 0.5 * row["tvg/anchor_reward"])
+        assert row["tvg/total"] == pytest.approx(row["tvg/format"] + row["tvg/soft_iou"] + row["tvg/anchor_reward"])
     rollouts = [json.loads(line) for line in (demo / "tar-1" / "rollouts.0.jsonl").read_text().splitlines()]
     assert len(rollouts) == 2 * 4 * 8 and sum(r["parts"]["anchors"] for r in rollouts) == pytest.approx(
         32 * sum(row["tvg/anchors"] for row in log))
