@@ -210,7 +210,7 @@ tar_tvg() {  # GRPO collects traces, supervised training of a fresh base on the 
     somewhere "${1:-0}"
     local name
     if [ -n "$anchor_start" ]; then  # the toy's base must learn the prompt; a fifth of these have anchors, poor ones
-        stage tar-base --model "$base" --demonstrations "$anchor_start" "${anchors[@]}" "${sft[@]}"
+        stage tar-base --model "$base" --demonstrations "$anchor_start" "${anchors[@]}" "${sft[@]}" --iterations 800
         base=$out/tar-base
     fi
     spawn tar-plain stage tar-plain --model "$base" "${grpo[@]}" "${long[@]}" --p 1

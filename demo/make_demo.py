@@ -149,11 +149,11 @@ def write_cold_start(path, rows, rng):
 
 
 def write_anchors(path, rows, rng):
-    """Answers to the prompt that asks for anchors; ANCHOR_SHARE of them hold one to three, each wrong by up to 1 s."""
+    """Answers to the prompt that asks for anchors; ANCHOR_SHARE of them hold two or three, each wrong by up to 1 s."""
     lines = []
     for name, start, end, sentence, seconds in rows:
         anchors = ""
-        for _ in range(rng.integers(1, 4) if rng.random() < ANCHOR_SHARE else 0):
+        for _ in range(rng.integers(2, 4) if rng.random() < ANCHOR_SHARE else 0):
             a, b = (float(np.clip(t + rng.integers(-2, 3) / 2, 0, seconds)) for t in (start, end))
             anchors += f"<timestamp> {min(a, b)} to {max(a, b)} </timestamp> "
         completion = f"<think> {sentence.rstrip('.')} {anchors}</think> <answer> {start} to {end} </answer>"
