@@ -213,15 +213,15 @@ tar_tvg() {  # GRPO collects traces, supervised training of a fresh base on the 
         stage tar-base --model "$base" --demonstrations "$anchor_start" "${anchors[@]}" "${sft[@]}" --iterations 800
         base=$out/tar-base
     fi
-    spawn tar-plain stage tar-plain --model "$base" "${grpo[@]}" "${long[@]}" --p 1
+    # Plain GRPO: the same prompt and base, as much time, and no reward for anchors.
+    spawn tar-plain stage tar-plain --model "$base" "${grpo[@]}" "${long[@]}" "${anchors[@]}" --anchor-weight 0 --p 1
     stage tar-1 --model "$base" "${grpo[@]}" "${half[@]}" "${anchors[@]}" --p 1 --save-rollouts
     python stages.py anchors --rollouts "$out/tar-1" --output "$out/tar-2.jsonl"
     stage tar-2 --model "$base" --demonstrations "$out/tar-2.jsonl" "${anchors[@]}" "${sft[@]}"
     stage tar-3 --model "$out/tar-2" "${grpo[@]}" "${half[@]}" "${anchors[@]}" --p 1
-    for name in tar-1 tar-2 tar-3; do measure "$out/$name" "$name-test" "${anchors[@]}" --tasks tvg; done
     measure "$base" tar-base-test "${anchors[@]}" --tasks tvg
     settle
-    measure "$out/tar-plain" tar-plain-test --tasks tvg
+    for name in tar-1 tar-2 tar-3 tar-plain; do measure "$out/$name" "$name-test" "${anchors[@]}" --tasks tvg; done
     python demo/table.py "$out" rows "base=tar-base-test" "stage 1: GRPO with anchors=tar-1-test:tar-1" \
         "stage 2: fresh base, supervised on its best=tar-2-test:tar-1,tar-2" \
         "stage 3: GRPO from there=tar-3-test:tar-1,tar-2,tar-3" "plain GRPO=tar-plain-test:tar-plain"

@@ -149,12 +149,12 @@ def write_cold_start(path, rows, rng):
 
 
 def write_anchors(path, rows, rng):
-    """Answers to the prompt that asks for anchors; ANCHOR_SHARE of them hold two or three, each wrong by up to 1 s."""
+    """Answers to the prompt that asks for anchors; ANCHOR_SHARE of them hold two or three, each wrong by up to half a second."""
     lines = []
     for name, start, end, sentence, seconds in rows:
         anchors = ""
         for _ in range(rng.integers(2, 4) if rng.random() < ANCHOR_SHARE else 0):
-            a, b = (float(np.clip(t + rng.integers(-2, 3) / 2, 0, seconds)) for t in (start, end))
+            a, b = (float(np.clip(t + rng.integers(-1, 2) / 2, 0, seconds)) for t in (start, end))
             anchors += f"<timestamp> {min(a, b)} to {max(a, b)} </timestamp> "
         completion = f"<think> {sentence.rstrip('.')} {anchors}</think> <answer> {start} to {end} </answer>"
         lines.append({"video": name, "query": sentence, "start": start, "end": end, "task": "tvg",
