@@ -2,9 +2,10 @@
 
     python evaluate.py --model CHECKPOINT --annotations FILE --videos FOLDER --output FOLDER [--against OTHER_OUTPUT]
 
-Greedy decoding, every part of it explicit: nothing is inherited from a checkpoint's generation config; with --samples k,
-k completions a row at temperature 1, whose mean IoU is the row's difficulty (stages.py). Each row's prediction is appended to a jsonl file, so an interrupted evaluation goes on where it stopped; under torchrun each of
-W ranks takes every W-th row. A video that cannot be read scores 0 and is listed; no row is ever dropped.
+Greedy decoding, every part of it explicit: nothing is inherited from a checkpoint's generation config. With --samples
+k, k completions a row at temperature 1, whose mean IoU is the row's difficulty (stages.py). Each row's prediction is
+appended to a jsonl file, so an interrupted evaluation goes on where it stopped; under torchrun each of W ranks takes
+every W-th row. A video that cannot be read scores 0 and is listed; no row is ever dropped.
 """
 
 import dataclasses
@@ -313,7 +314,8 @@ def answers(model, processor, samples, items, settings, k):
         prompts = [build_prompt(model, processor, samples[item.index], item, settings) for item in readable]
         generator = torch.Generator(model.device).manual_seed(items[0].index)  # the same whatever was done before
         texts = iter(completion_texts(processor, grpo.sample_group(
-            model, prompts, max(1, k), settings.max_new_tokens, processor.eos, processor.banned, 1.0 if k else 0.0, generator)))
+            model, prompts, max(1, k), settings.max_new_tokens, processor.eos, processor.banned,
+            temperature=1.0 if k else 0.0, generator=generator)))
     return [next(texts) if item.clip else "" for item in items for _ in range(max(1, k))]
 
 

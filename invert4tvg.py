@@ -101,8 +101,8 @@ class Config(evaluate.Settings):
         for name in ("group_size", "temperature", "mu", "epochs", "accumulation", "save_every", "keep", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{option(name)} is {getattr(self, name)}; it must be above 0.")
-        for name in ("anchor_weight", "progress_weight", "kl_coef", "clip_epsilon", "vd_verb_cap", "iterations", "eval_every", "eval_limit", "weight_decay",
-                     "adam_eps", "seed"):
+        for name in ("anchor_weight", "progress_weight", "kl_coef", "clip_epsilon", "vd_verb_cap", "iterations",
+                     "eval_every", "eval_limit", "weight_decay", "adam_eps", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{option(name)} is {getattr(self, name)}; it cannot be negative.")
         if not 0 <= self.p <= 1:

@@ -66,9 +66,10 @@ def select_anchors(rollouts, min_anchors=2, min_iou=0.5):
     rule(f"at least {min_anchors} anchors", lambda r: len(rewards.parse_anchors(r["completion"])) >= min_anchors)
     rule("IoU never falls from anchor to anchor and to the answer", lambda r: ious(r) == sorted(ious(r)))
     rule(f"IoU of the answer at least {min_iou:g}", lambda r: ious(r)[-1] >= min_iou)
-    seen = set()
-    rule("not the same as another", lambda r: not ((key := (r["video"], r["query"], r["completion"])) in seen or seen.add(key)))
-    return [{k: r[k] for k in ("video", "query", "start", "end", "task", "completion")} for r in left], counts
+    fields = ("video", "query", "start", "end", "task", "completion")
+    unique = dict.fromkeys(tuple(r[field] for field in fields) for r in left)
+    counts.append(("not the same as another", len(unique)))
+    return [dict(zip(fields, values)) for values in unique], counts
 
 
 def mean_ious(predictions, samples):
@@ -77,11 +78,11 @@ def mean_ious(predictions, samples):
     for p in predictions:
         if p["task"] == "tvg":
             if p["row"] >= len(samples) or p["query"] != samples[p["row"]].query:
-                raise UserError(f"the predictions are not of this annotation file: row {p['row']} is {p['query']!r} there.")
+                raise UserError(f"the predictions are of another annotation file: their row {p['row']} is {p['query']!r}.")
             found[p["row"]].append(p["parts"]["iou"])
     missing = sum(not ious for ious in found)
     if missing:
-        raise UserError(f"{missing} of {len(samples)} rows have no prediction; run evaluate.py --tasks tvg on all of them.")
+        raise UserError(f"{missing} of {len(samples)} rows have no prediction; run evaluate.py --tasks tvg on all rows.")
     return np.array([np.mean(ious) for ious in found])
 
 
@@ -186,7 +187,7 @@ def parse(argv=None):
     if args.stage == "longest" and not 0 < args.share <= 1:
         add["longest"].error(f"--share is {args.share:g}; it lies above 0 and up to 1")
     if args.stage == "difficulty" and not args.difficulty[0] < args.difficulty[1]:
-        add["difficulty"].error(f"--difficulty {args.difficulty[0]:g} {args.difficulty[1]:g} is no band; give LOW below HIGH")
+        add["difficulty"].error("--difficulty {:g} {:g} is no band; give LOW below HIGH".format(*args.difficulty))
     return args
 
 

@@ -171,14 +171,13 @@ def write_lines(path, lines):
 
 def make_tokenizer():
     """A word-level tokenizer that drops every word it does not know, so the paper's prompts come out short."""
-    words = ["<think>", "</think>", "<answer>", "</answer>", "<timestamp>", "</timestamp>", "<time>", "</time>", "[]", "[",
-             ",", "]", "to", "the", "is", "pinpoint", "Add", "Use", "Describe", *COLOURS, *SHAPES, *VERBS, *(f"{i / 2}" for i in range(25))]
-    vocabulary = {word: i for i, word in enumerate([*SPECIALS, *words])}
+    tags = ["<think>", "</think>", "<answer>", "</answer>", "<timestamp>", "</timestamp>", "<time>", "</time>"]
+    words = ["[]", "[", ",", "]", "to", "the", "is", "pinpoint", "Add", "Use", "Describe", *COLOURS, *SHAPES, *VERBS,
+             *(f"{i / 2}" for i in range(25))]
+    vocabulary = {word: i for i, word in enumerate([*SPECIALS, *tags, *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
-    tags, escaped = "|".join(words[:8]), "|".join(map(re.escape, words[8:]))
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(
-        Regex(rf"{tags}|(?<![\w.])(?:{escaped})(?![\w])(?!\.\d)"), "removed", invert=True)
+    known = rf"{'|'.join(tags)}|(?<![\w.])(?:{'|'.join(map(re.escape, words))})(?![\w])(?!\.\d)"
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(known), "removed", invert=True)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                         additional_special_tokens=list(SPECIALS))
     tokenizer.chat_template = CHAT_TEMPLATE

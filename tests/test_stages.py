@@ -56,7 +56,7 @@ def test_difficulty_is_the_mean_iou_of_a_row():
     assert found == pytest.approx([0.3, 0.5])
     with pytest.raises(UserError, match="1 of 2 rows have no prediction"):
         stages.mean_ious([prediction(0, 0.2)], samples)
-    with pytest.raises(UserError, match="not of this annotation file"):
+    with pytest.raises(UserError, match="of another annotation file"):
         stages.mean_ious([prediction(0, 0.2, query="other")], samples)
 
 
