@@ -96,7 +96,10 @@ def load_demonstrations(path, video_dir):
             sample = _sample(find(r["video"]), r["start"], r["end"], r.get("video_length"), r["query"], where)
             if r["task"] not in PROMPTS:
                 raise ValueError(f"task {r['task']!r} is none of {', '.join(PROMPTS)}")
-            rows.append(Demonstration(sample, r["task"], str(r["completion"] if "completion" in r else r["solution"])))
+            completion = r["completion"] if "completion" in r else r["solution"]
+            if not isinstance(completion, str):
+                raise TypeError(f"completion {completion!r} is no text")
+            rows.append(Demonstration(sample, r["task"], completion))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = f"no field {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path}, {where}: not a readable demonstration ({reason}).") from error

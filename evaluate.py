@@ -13,7 +13,7 @@ import json
 import math
 import signal
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -138,11 +138,6 @@ def load_samples(settings, path=None, videos=None, name="--annotations"):
     except ValueError as error:
         raise UserError(str(error)) from error
     report_missing(samples, settings)
-    if settings.tvg_reward == "timestamp_iou":  # Charades-STA's txt states no durations
-        samples = [replace(s, duration=s.duration or video.video_duration(s.video)) for s in samples]
-        for s in samples:
-            if s.duration is None and Path(s.video).is_file():
-                raise UserError(f"{s.video}: states no duration, which --tvg-reward timestamp_iou needs; remux it.")
     return samples
 
 
@@ -216,9 +211,11 @@ def paired_bootstrap(ours, theirs, draws=10_000, seed=0):
     for p in ours:
         for name, value in row_values(p).items():
             table = sums.setdefault(name, np.zeros((len(names), 3)))
-            table[names[p["video"]]] += (1, value, row_values(other[key(p)]).get(name, 0.0))
+            table[names[p["video"]]] += (1, value, row_values(other[key(p)]).get(name, np.nan))
     result = {}
     for name, table in sums.items():
+        if np.isnan(table).any():  # measured by one of the two alone
+            continue
         drawn = weights @ table
         difference = (drawn[:, 1] - drawn[:, 2]) / np.maximum(drawn[:, 0], 1)
         rows, a, b = table.sum(0)
@@ -259,10 +256,10 @@ def read_predictions(output):
     for path in sorted(Path(output).glob("predictions*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                p = json.loads(line)
-            except json.JSONDecodeError:
+                p = {"sample": 0} | json.loads(line)
+                predictions[p["row"], p["task"], p["sample"]] = p
+            except (json.JSONDecodeError, KeyError, TypeError):
                 continue
-            predictions[p["row"], p["task"], p["sample"]] = p
     return [predictions[key] for key in sorted(predictions)]
 
 
@@ -277,6 +274,9 @@ def evaluate(load, samples, rows, tasks, settings, output, k=0):
     output.mkdir(parents=True, exist_ok=True)
     queries = [samples[row].query for row in rows]
     has_verb = [bool(gold) for _, gold in rewards.mask_queries(queries)] if set(tasks) != {"tvg"} else [False] * len(rows)
+    scoring = settings.scoring()
+    if settings.tvg_reward == "timestamp_iou":  # no metric, and in need of durations
+        scoring["tvg_reward"] = "iou"
     jobs = [(row, task) for task in tasks for row, verb in zip(rows, has_verb) if verb or task == "tvg"]
     done = Counter((p["row"], p["task"]) for p in read_predictions(output))
     dist.barrier()  # nobody writes before everybody has read
@@ -295,7 +295,7 @@ def evaluate(load, samples, rows, tasks, settings, output, k=0):
                         "row": item.index, "task": item.task, "sample": number, "video": sample.video,
                         "query": sample.query, "truth": [sample.start, sample.end], "completion": completion,
                         "span": rewards.parse_span(completion) if item.task == "tvg" else None,
-                        "parts": rewards.score(item.task, completion, sample, **settings.scoring()),
+                        "parts": rewards.score(item.task, completion, sample, **scoring),
                         "error": item.failures[0] if item.failures else None}) + "\n")
                 file.flush()
     dist.barrier()
@@ -312,7 +312,7 @@ def answers(model, processor, samples, items, settings, k):
     texts = iter(())
     if readable:
         prompts = [build_prompt(model, processor, samples[item.index], item, settings) for item in readable]
-        generator = torch.Generator(model.device).manual_seed(items[0].index)  # the same whatever was done before
+        generator = torch.Generator(model.device).manual_seed(items[0].index)
         texts = iter(completion_texts(processor, grpo.sample_group(
             model, prompts, max(1, k), settings.max_new_tokens, processor.eos, processor.banned,
             temperature=1.0 if k else 0.0, generator=generator)))

@@ -86,9 +86,9 @@ class Config(evaluate.Settings):
     eval_videos: str = flag("", "their videos; empty: --videos")
     eval_limit: int = flag(200, "held-out rows measured each time, evenly spaced; 0: all")
 
-    @property
-    def learning_rate(self):
-        return self.lr or (1e-5 if self.demonstrations else 1e-6)
+    def __post_init__(self):
+        if self.lr is None:
+            object.__setattr__(self, "lr", 1e-5 if self.demonstrations else 1e-6)
 
     def scoring(self):
         own = {k: getattr(self, k) for k in ("inversion_reward", "anchor_weight", "progress_weight")}
@@ -96,9 +96,7 @@ class Config(evaluate.Settings):
 
     def check(self):
         super().check()
-        if self.lr is not None and self.lr <= 0:
-            raise UserError(f"--lr is {self.lr}; it must be above 0.")
-        for name in ("group_size", "temperature", "mu", "epochs", "accumulation", "save_every", "keep", "max_grad_norm"):
+        for name in ("group_size", "temperature", "mu", "lr", "epochs", "accumulation", "save_every", "keep", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{option(name)} is {getattr(self, name)}; it must be above 0.")
         for name in ("anchor_weight", "progress_weight", "kl_coef", "clip_epsilon", "vd_verb_cap", "iterations",
@@ -148,7 +146,7 @@ class Run(NamedTuple):
     completions: list | None  # of the demonstrations
 
 
-def rollout(run, items, generator):
+def rollout(run, iteration, items, generator):
     """Lines 12 and 13 of Algorithm 1 for this rank's prompts: completions, rewards, advantages -> (Batches, metrics).
 
     All prompts are sampled together: a decoding step costs about the same for one as for eight.
@@ -176,7 +174,7 @@ def rollout(run, items, generator):
         scores = [rewards.score(items[n // G].task, text, run.samples[items[n // G].index], **config.scoring())
                   for n, text in enumerate(texts)]  # Eq. 10 and 11
         if config.save_rollouts:
-            save_rollouts(run, items, texts, scores)
+            save_rollouts(run, iteration, items, texts, scores)
         parts = {part: np.reshape([s[part] for s in scores], (-1, G)) for part in scores[0]}  # (prompts, G)
         total = torch.tensor(parts["total"], dtype=torch.float32, device=run.model.device)
         advantages = grpo.group_advantages(total).flatten()
@@ -202,14 +200,14 @@ def rollout(run, items, generator):
     return batches, metrics
 
 
-def save_rollouts(run, items, texts, scores):
+def save_rollouts(run, iteration, items, texts, scores):
     """Append completions to this rank's file, in the fields of a demonstration: stages.py selects among them."""
     with open(Path(run.config.output) / f"rollouts.{dist.get_rank()}.jsonl", "a", encoding="utf-8") as file:
         for n, (text, parts) in enumerate(zip(texts, scores)):
             item = items[n // run.config.group_size]
             s = run.samples[item.index]
-            file.write(json.dumps({"video": Path(s.video).name, "query": s.query, "start": s.start, "end": s.end,
-                                   "task": item.task, "completion": text, "parts": parts}) + "\n")
+            file.write(json.dumps({"iteration": iteration, "video": Path(s.video).name, "query": s.query, "start": s.start,
+                                   "end": s.end, "task": item.task, "completion": text, "parts": parts}) + "\n")
 
 
 def update(run, batches, lr):
@@ -265,6 +263,10 @@ def load_data(config):
     else:
         samples = [s for s in evaluate.load_samples(config) if Path(s.video).is_file()]
         samples, clamped, dropped = data.prepare_training(samples)
+        if config.tvg_reward == "timestamp_iou":
+            timed = [s for s in samples if s.duration]
+            say(f"{len(samples) - len(timed)} rows dropped whose video states no duration")
+            samples = timed
         completions = tasks = None
         say(f"{config.annotations}: {len(samples)} samples; {clamped} ends clamped to the video's, {dropped} rows "
             "dropped for start >= end")
@@ -290,7 +292,7 @@ def make_run(config, device, samples, completions, resume_from):
     policy = DistributedDataParallel(grpo.Policy(model, processor.banned, temperature), gradient_as_bucket_view=True,
                                      bucket_cap_mb_list=[25])
     optimizer = ZeroRedundancyOptimizer(
-        [p for p in model.parameters() if p.requires_grad], optimizer_class=grpo.MasterAdamW, lr=config.learning_rate,
+        [p for p in model.parameters() if p.requires_grad], optimizer_class=grpo.MasterAdamW, lr=config.lr,
         betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay)
     if resume_from:
         runtime.load_optimizer(resume_from, model, optimizer)
@@ -337,9 +339,9 @@ def train(config, device):
 
         seed = np.random.SeedSequence([config.seed, 3, iteration, rank]).generate_state(1, np.uint64)[0]
         generator = torch.Generator(device).manual_seed(int(seed))
-        batches, metrics = rollout(run, items, generator)  # lines 12-13: completions and their rewards
+        batches, metrics = rollout(run, iteration, items, generator)  # lines 12-13: completions and their rewards
         sampled = time.perf_counter() - began - waited
-        lr = config.learning_rate * (1 - iteration / total if config.lr_schedule == "linear" else 1)
+        lr = config.lr * (1 - iteration / total if config.lr_schedule == "linear" else 1)
         metrics |= update(run, batches, lr)  # lines 14-16: the policy's step
         metrics |= {"lr": lr, "redrawn": len(failures), "wait_seconds": waited, "rollout_seconds": sampled,
                     "seconds": time.perf_counter() - began}

@@ -25,8 +25,9 @@ TVG_REWARDS = ("iou", "timestamp_iou", "anchors", "tvg_r1")  # Eq. 10, Time-R1, 
 INVERSION_BLOCKS = {"think": ("think", "answer"), "answer": ("answer",)}  # by inversion_format
 MAX_WORDS, MAX_CHARACTERS = 100, 1000  # of an answer to an inversion task
 
-TAG = re.compile(r"</?(?:think|answer|time)>")
-ANCHOR = re.compile(r"<timestamp>([^<]*)</timestamp>")
+TAG = re.compile(r"</?(?:think|answer)>")
+TIME_TAG = re.compile(r"</?(?:think|answer|time)>")  # TVG-R1's tags
+ANCHOR = re.compile(r"<timestamp>([^<]*)(</timestamp>)?")
 # A number of seconds that is no part of something longer: not 01:12, -3, 1,200.5, 1e9, 10%, 3/4, 10-12 or 5 min.
 NUMBER = (r"(?<![\w.+\-−–])(?<![0-9][:,/])([0-9]{1,6}(?:\.[0-9]+)?)(?:\s*(?:seconds?|secs?|s))?"
           r"(?!\w|[:.,/\-−–][0-9]|\s*(?:%|min))")
@@ -131,7 +132,8 @@ def parse_completion(completion, blocks=("think", "answer")):
     text stand around its <time>. The answer is the body of the last complete <answer> or <time> block, also where the
     rest is malformed.
     """
-    tags, pieces = TAG.findall(completion), TAG.split(completion)
+    known = TIME_TAG if "time" in blocks else TAG
+    tags, pieces = known.findall(completion), known.split(completion)
     outside, bodies = pieces[::2], pieces[1::2]
     well_formed = (tags == [t for block in blocks for t in (f"<{block}>", f"</{block}>")]
                    and not any(map(str.strip, outside[:1] if "time" in blocks else outside))
@@ -141,7 +143,7 @@ def parse_completion(completion, blocks=("think", "answer")):
     if start < 0:
         return well_formed, None
     body = completion[start + len(f"<{name}>"):completion.index(f"</{name}>", start)]
-    return well_formed, TAG.sub(" ", body).strip()
+    return well_formed, TIME_TAG.sub(" ", body).strip()
 
 
 def last_span(text):
@@ -160,9 +162,9 @@ def parse_span(completion):
 
 
 def parse_anchors(completion):
-    """The segments, in order, of the <timestamp> blocks before the answer that can be read (TAR-TVG)."""
+    """The segments of the <timestamp> blocks before the answer, in order, None where one cannot be read (TAR-TVG)."""
     thought = completion[:max(completion.rfind("<answer>"), 0)]
-    return [span for body in ANCHOR.findall(thought) if (span := last_span(body))]
+    return [last_span(body) if closed else None for body, closed in ANCHOR.findall(thought)]
 
 
 def format_reward(task, completion, inversion_format="think", tvg_reward="iou"):
@@ -212,11 +214,11 @@ def anchor_reward(anchors, answer, truth, progress_weight=0.5):
     """TAR-TVG's reward for two to four anchors that approach the answer: sum_k w_k soft IoU(a_k) + b * progress.
 
     w_k = 2k / (K(K + 1)), so later anchors weigh more and all weigh 1; progress is 1 if the IoU rises strictly from
-    anchor to anchor and to the answer. Another number of anchors earns 0. The paper's formula is not public: this is
+    anchor to anchor and to the answer. Another number of anchors, or one that cannot be read, earns 0. The paper's formula is not public: this is
     this project's reading of its abstract and reviews ("increasingly accurate temporal estimations").
     """
     K = len(anchors)
-    if K not in ANCHORS_WANTED:
+    if K not in ANCHORS_WANTED or None in anchors:
         return 0.0
     ious = [temporal_iou(span, truth) for span in (*anchors, answer or (0, 0))]
     progress = all(a < b for a, b in zip(ious, ious[1:]))
@@ -330,7 +332,7 @@ def tvg_parts(completion, sample, tvg_reward, anchor_weight, progress_weight):
     """The parts of a grounding completion's reward and their total, without the format (Eq. 8 and other papers').
 
     "iou" is always among them. With anchors, their number and "anchor_gain", the rise in IoU from the first to the
-    answer, are there to be logged and are no part of the sum.
+    answer (0 where there is none), are there to be logged and are no part of the sum.
     """
     span, truth = parse_span(completion), (sample.start, sample.end)
     iou = temporal_iou(span, truth) if span else 0.0
@@ -340,7 +342,7 @@ def tvg_parts(completion, sample, tvg_reward, anchor_weight, progress_weight):
     if tvg_reward == "anchors":
         anchors, soft = parse_anchors(completion), soft_iou(span, truth)
         value = anchor_reward(anchors, span, truth, progress_weight)
-        gain = iou - temporal_iou(anchors[0], truth) if anchors else 0.0
+        gain = iou - temporal_iou(anchors[0] or (0, 0), truth) if anchors else 0.0
         parts = {"iou": iou, "soft_iou": soft, "anchor_reward": value, "anchors": float(len(anchors)), "anchor_gain": gain}
         return parts, soft + anchor_weight * value
     return {"iou": iou}, iou

@@ -27,7 +27,7 @@ from video import VideoError
 
 
 class UserError(Exception):
-    """Something the user can mend; its one sentence is all that `main` prints."""
+    """Something the user can mend; its one sentence is all that `run` prints."""
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -216,10 +216,11 @@ def open_output(config):
     if dist.get_rank() == 0:
         output.mkdir(parents=True, exist_ok=True)
         start = int(newest.name.split("-")[1]) if newest else 0
-        log = output / "metrics.jsonl"
-        lines = log.read_text().splitlines() if newest and log.exists() else []
-        lines = [line for line in lines if line.endswith("}")]  # a crash may have cut the last one off
-        log.write_text("".join(line + "\n" for line in lines if json.loads(line)["iteration"] < start))
+        for log in (output / "metrics.jsonl", *output.glob("rollouts.*.jsonl")):
+            lines = log.read_text(encoding="utf-8").split("\n") if newest and log.exists() else []
+            lines = [line for line in lines if line.endswith("}")]  # a crash may have cut the last one off
+            kept = "".join(line + "\n" for line in lines if json.loads(line)["iteration"] < start)
+            log.write_text(kept, encoding="utf-8")
         (output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     if newest:
         before = json.loads((newest / "run.json").read_text())["config"]

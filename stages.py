@@ -24,7 +24,7 @@ import numpy as np
 import data
 import evaluate
 import rewards
-from runtime import UserError
+from runtime import UserError, option
 
 
 def demonstration(sample, task, completion):
@@ -49,6 +49,7 @@ def select_anchors(rollouts, min_anchors=2, min_iou=0.5):
     """TAR-TVG's self-distillation: rollouts that pass every rule -> (demonstrations, [(rule, how many are left)]).
 
     The paper states "explicit anchor quality thresholds" and no numbers; these rules are this project's reading.
+    Anchors that the reward would not count, more than four or unreadable, are no well-formed completion here.
     """
     left = [r for r in rollouts if r["task"] == "tvg"]
     counts = [("grounding completions", len(left))]
@@ -62,8 +63,12 @@ def select_anchors(rollouts, min_anchors=2, min_iou=0.5):
         spans = [*rewards.parse_anchors(r["completion"]), rewards.parse_span(r["completion"])]
         return [rewards.temporal_iou(span, (r["start"], r["end"])) for span in spans]
 
-    rule("well-formed", lambda r: rewards.format_reward("tvg", r["completion"], tvg_reward="anchors") == 1)
-    rule(f"at least {min_anchors} anchors", lambda r: len(rewards.parse_anchors(r["completion"])) >= min_anchors)
+    def anchors(r):
+        return rewards.parse_anchors(r["completion"])
+
+    rule("well-formed", lambda r: rewards.format_reward("tvg", r["completion"], tvg_reward="anchors") == 1
+         and None not in anchors(r) and len(anchors(r)) <= rewards.ANCHORS_WANTED[-1])
+    rule(f"at least {min_anchors} anchors", lambda r: len(anchors(r)) >= min_anchors)
     rule("IoU never falls from anchor to anchor and to the answer", lambda r: ious(r) == sorted(ious(r)))
     rule(f"IoU of the answer at least {min_iou:g}", lambda r: ious(r)[-1] >= min_iou)
     fields = ("video", "query", "start", "end", "task", "completion")
@@ -77,7 +82,8 @@ def mean_ious(predictions, samples):
     found = [[] for _ in samples]
     for p in predictions:
         if p["task"] == "tvg":
-            if p["row"] >= len(samples) or p["query"] != samples[p["row"]].query:
+            s = samples[p["row"]] if p["row"] < len(samples) else None
+            if s is None or (p["query"], *p["truth"]) != (s.query, s.start, s.end):
                 raise UserError(f"the predictions are of another annotation file: their row {p['row']} is {p['query']!r}.")
             found[p["row"]].append(p["parts"]["iou"])
     missing = sum(not ious for ious in found)
@@ -114,38 +120,43 @@ def histogram(difficulty, kept):
     return lines
 
 
-def read_lines(paths):
-    lines = []
-    for path in paths:
+def read_rollouts(folder):
+    """The lines of rollouts.*.jsonl; one that an interruption cut off is left out."""
+    files = sorted(Path(folder).glob("rollouts.*.jsonl"))
+    if not files:
+        raise UserError(f"--rollouts {folder}: holds no rollouts.*.jsonl; train with --save-rollouts first.")
+    rows = []
+    for path in files:
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-            try:
-                lines += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error.msg}).") from error
-    return lines
+            if line.endswith("}"):
+                try:
+                    row = json.loads(line)
+                    row["video"], row["query"], row["task"], row["completion"].strip(), row["start"] < row["end"]
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    raise UserError(f"{path}, line {number}: is no rollout of --save-rollouts ({error!r}).") from error
+                rows.append(row)
+    return rows
 
 
 def main(args):
     if args.stage in ("invert-sft", "difficulty"):
-        samples = data.load_annotations(args.annotations, "")
+        samples = data.load_annotations(args.annotations, "", args.single_window)
     if args.stage == "invert-sft":
         rows = invert_sft(samples)
         print(f"{len(samples)} rows, {len(rows)} with start < end")
     elif args.stage == "longest":
-        lines = read_lines([Path(args.demonstrations)])
-        data.load_demonstrations(args.demonstrations, "")  # a malformed row is named
-        lines = [{"completion": line.get("solution")} | line for line in lines]
+        lines = [demonstration(d.sample, d.task, d.completion) for d in data.load_demonstrations(args.demonstrations, "")]
         rows = longest(lines, args.share)
         mean = lambda part: np.mean([len(line["completion"].split()) for line in part])  # noqa: E731
         print(f"{len(lines)} demonstrations of {mean(lines):.1f} words, {len(rows)} kept of {mean(rows):.1f}")
     elif args.stage == "anchors":
-        files = sorted(Path(args.rollouts).glob("rollouts.*.jsonl"))
-        if not files:
-            raise UserError(f"--rollouts {args.rollouts}: holds no rollouts.*.jsonl; train with --save-rollouts first.")
-        rows, counts = select_anchors(read_lines(files), args.min_anchors, args.min_iou)
-        print("\n".join(f"{count:9,}  {name}" for name, count in counts))
+        rows, counts = select_anchors(read_rollouts(args.rollouts), args.min_anchors, args.min_iou)
+        rows = [rows[i] for i in evaluate.evenly_spaced(len(rows), args.keep)]
+        print("\n".join(f"{count:9,}  {name}" for name, count in [*counts, ("kept, evenly over the training", len(rows))]))
     else:
         low, high = args.difficulty
+        if not Path(args.predictions).is_dir():
+            raise UserError(f"--predictions {args.predictions}: is no folder; give the --output of evaluate.py.")
         difficulty = mean_ious(evaluate.read_predictions(args.predictions), samples)
         kept = choose_rows(difficulty, low, high, args.keep, args.choose, args.seed)
         rows = [{"video": Path(s.video).name, "duration": s.duration, "timestamp": [s.start, s.end], "sentence": s.query,
@@ -153,7 +164,7 @@ def main(args):
         print("\n".join(histogram(difficulty, kept)))
         print(f"{len(rows)} of {len(samples)} rows kept, mean IoU {difficulty.mean():.3f}")
     if not rows:
-        raise UserError("no row is left; widen the thresholds.")
+        raise UserError(f"no row is left for {args.output}; look at the input, or widen the thresholds.")
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(rows, indent=0) + "\n" if args.stage == "difficulty"
@@ -167,6 +178,8 @@ def parse(argv=None):
     add = {name: stages.add_parser(name) for name in ("invert-sft", "longest", "anchors", "difficulty")}
     for name in ("invert-sft", "difficulty"):
         add[name].add_argument("--annotations", required=True, help="any file that training reads")
+        add[name].add_argument("--single-window", action="store_true",
+                               help="QVHighlights: only queries with one relevant window")
     add["longest"].add_argument("--demonstrations", required=True, help="jsonl, also in TVG-R1's field names")
     add["longest"].add_argument("--share", type=float, default=0.5, help="kept, of all [0.5]")
     add["anchors"].add_argument("--rollouts", required=True, help="the --output of a run with --save-rollouts")
@@ -175,7 +188,8 @@ def parse(argv=None):
     add["difficulty"].add_argument("--predictions", required=True, help="evaluate.py's --output on --annotations")
     add["difficulty"].add_argument("--difficulty", type=float, nargs=2, default=(0.1, 0.7), metavar=("LOW", "HIGH"),
                                    help="band of mean IoU kept: above LOW, up to HIGH [0.1 0.7]")
-    add["difficulty"].add_argument("--keep", type=int, default=0, help="most rows kept; 0: all of the band")
+    for name in ("anchors", "difficulty"):
+        add[name].add_argument("--keep", type=int, default=0, help="most rows kept; 0: all")
     add["difficulty"].add_argument("--choose", choices=("even", "gaussian"), default="even",
                                    help="which of them: evenly along the mean IoU, or around 0.3 at random [even]")
     add["difficulty"].add_argument("--seed", type=int, default=0, help="of the random choice [0]")
@@ -184,10 +198,13 @@ def parse(argv=None):
     for sub in add.values():
         sub.add_argument("--output", required=True, help="file to write")
     args = parser.parse_args(argv)
-    if args.stage == "longest" and not 0 < args.share <= 1:
-        add["longest"].error(f"--share is {args.share:g}; it lies above 0 and up to 1")
-    if args.stage == "difficulty" and not args.difficulty[0] < args.difficulty[1]:
-        add["difficulty"].error("--difficulty {:g} {:g} is no band; give LOW below HIGH".format(*args.difficulty))
+    given = vars(args)
+    for name, low, high in (("share", 1e-9, 1), ("min_iou", 0, 1), ("min_anchors", 2, 4), ("keep", 0, math.inf),
+                            ("seed", 0, math.inf)):
+        if name in given and not low <= given[name] <= high:
+            add[args.stage].error(f"{option(name)} is {given[name]:g}; it lies between {round(low):g} and {high:g}")
+    if args.stage == "difficulty" and not -1 <= args.difficulty[0] < args.difficulty[1] <= 1:
+        add["difficulty"].error("--difficulty {:g} {:g} is no band; give LOW below HIGH, as IoU".format(*args.difficulty))
     return args
 
 

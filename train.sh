@@ -1,40 +1,59 @@
 #!/usr/bin/env bash
 # The runs of the README. On toy videos and a tiny model, on a laptop without a GPU:
 #   bash train.sh demo [SEED]           GRPO with inversion and without
-#   bash train.sh ablations [SEED ...]  the paper's tables and figures, about half an hour a seed
+#   bash train.sh ablations [SEED ...]  the paper's tables and figures
 # The paper's setting on Charades-STA, 8 GPUs; GPUS=1 for one of 80 GB:
 #   bash train.sh charades-3b           or charades-7b
 # Other papers' systems, on the toy or where WHERE is charades-3b or charades-7b:
 #   bash train.sh time-r1 [SEED | WHERE]
 #   bash train.sh tar-tvg [SEED | WHERE]
 #   bash train.sh tvg-r1 [SEED | WHERE]
-# Options after these go to the GRPO runs of demo and charades. What is interrupted goes on when called again.
+# Options after demo SEED and charades go to the GRPO runs. What is interrupted goes on when called again.
+# tvg-r1 elsewhere needs COLD_START=FILE.jsonl: problem, gt_frame, solution with reasoning and <time>[a, b]</time>.
 set -euo pipefail
 set -m  # a process group for each background job, so that it can be stopped with its children
 cd "$(dirname "$0")"
 
-pids=()
+pids=() logs=()
 # Ctrl-C, not the default TERM: training saves, and its workers leave it to do so.
 trap 'for job in $(jobs -p); do kill -INT -- "-$job" 2>/dev/null || true; done; wait' EXIT
 trap 'exit 130' INT TERM
 
-spawn() {  # NAME COMMAND...: in the background, as soon as fewer than $at_once run, with its output in $out/NAME.log
+fail() { echo "train.sh: $1" >&2; exit 1; }
+
+# Nothing that calls these may stand in a condition or left of "||": set -e is off there, and a failed run would count.
+
+spawn() {  # NAME COMMAND...: in the background, one of two at a time, with its output in $out/NAME.log; on GPUs, here
     local log=$out/$1.log
     shift
+    if [ "$at_once" = 1 ]; then "$@"; return; fi
     while [ "$(jobs -rp | wc -l)" -ge "$at_once" ]; do sleep 1; done
-    { "$@" > "$log" 2>&1 || { echo "train.sh: stopped, see $log" >&2; tail -n 5 "$log" >&2; exit 1; } } &
-    pids+=($!)
+    "$@" > "$log" 2>&1 &
+    pids+=($!) logs+=("$log")
 }
 
 settle() {  # wait for all that was spawned
-    local pid
-    for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid" || exit 1; done
-    pids=()
+    local i
+    for ((i = 0; i < ${#pids[@]}; i++)); do
+        wait "${pids[i]}" || { tail -n 5 "${logs[i]}" >&2; fail "stopped, see ${logs[i]}"; }
+    done
+    pids=() logs=()
+}
+
+started() {  # FOLDER OPTIONS...: note how a folder is made, and stop rather than go on with something else
+    local note=$1.options
+    shift
+    if [ -e "$note" ] && [ "$(cat "$note")" != "$*" ]; then
+        fail "${note%.options} was made with other options (in $note); remove it, or name another seed."
+    fi
+    mkdir -p "$(dirname "$note")"
+    echo "$*" > "$note"
 }
 
 stage() {  # NAME OPTIONS...: a run of invert4tvg.py in $out/NAME; skipped when complete, resumed when interrupted
     local name=$1 resume=--no-resume
     shift
+    started "$out/$name" "$@"
     if [ -e "$out/$name/complete" ]; then return; fi
     if compgen -G "$out/$name/checkpoint-*[0-9]" > /dev/null; then resume=--resume; fi
     "${train[@]}" "$@" --output "$out/$name" "$resume"
@@ -44,6 +63,7 @@ stage() {  # NAME OPTIONS...: a run of invert4tvg.py in $out/NAME; skipped when 
 measure() {  # MODEL FOLDER OPTIONS...: evaluate MODEL into $out/FOLDER, unless that is done
     local model=$1 folder=$2
     shift 2
+    started "$out/$folder" "$model" "$@"
     if [ -e "$out/$folder/metrics.json" ]; then return; fi
     "${evaluate[@]}" --model "$model" --annotations "$test" "$@" --output "$out/$folder"
 }
@@ -51,6 +71,7 @@ measure() {  # MODEL FOLDER OPTIONS...: evaluate MODEL into $out/FOLDER, unless 
 # ---------------------------------------------------------------------------------------------- the toy
 
 toy() {  # SEED: the settings of the toy's runs
+    case $1 in '' | *[!0-9]*) fail "$1 is no seed; give a number, or see bash train.sh" ;; esac
     seed=$1 out=runs/demo-$1
     export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=  # one core a process; runs go two at a time
     # 56 x 56 videos are read at 28 x 28: one visual token a second.
@@ -157,6 +178,7 @@ invert-sft-grpo --p 0.8'
 
 charades() {  # 3b or 7b: the settings of the runs on GPUs
     local gpus=${GPUS:-8}
+    case $gpus in 1 | 2 | 4 | 8) ;; *) fail "GPUS=$gpus; give 1, 2, 4 or 8, so that an iteration has eight prompts." ;; esac
     local launch=(torchrun --nproc_per_node "$gpus" --shutdown-timeout 1800)  # Ctrl-C saves: 30 seconds are too few
     out=runs/charades-$1 rows=data/charades_sta_train.txt test=data/charades_sta_test.txt at_once=1
     base=Qwen/Qwen2.5-VL-${1^^}-Instruct cold_start=${COLD_START:-data/tvg_cold_start.jsonl}
@@ -176,15 +198,16 @@ invert4tvg() {
 
 # ---------------------------------------------------------------------------------------------- other papers
 
-somewhere() {  # SEED, or charades-3b, or charades-7b
-    case $1 in
+somewhere() {  # [SEED], or charades-3b, or charades-7b
+    [ $# -le 1 ] || fail "$* is more than a seed or a place; these systems take no options."
+    case ${1:-0} in
         charades-3b | charades-7b) charades "${1#charades-}" ;;
-        *) toy "$1"; warm_start ;;
+        *) toy "${1:-0}"; warm_start ;;
     esac
 }
 
 time_r1() {  # a first choice around an IoU of 0.3, then before each epoch only what is neither hopeless nor solved
-    somewhere "${1:-0}"
+    somewhere "$@"
     choose() {  # NAME ANNOTATIONS OPTIONS...: choose rows for $out/time-r1-NAME.json by $model's answers
         local name=$1 from=$2
         shift 2
@@ -207,29 +230,32 @@ time_r1() {  # a first choice around an IoU of 0.3, then before each epoch only 
 }
 
 tar_tvg() {  # GRPO collects traces, supervised training of a fresh base on the best, GRPO from there
-    somewhere "${1:-0}"
+    somewhere "$@"
     local name
     if [ -n "$anchor_start" ]; then  # the toy's base must learn the prompt; a fifth of these have anchors, poor ones
         stage tar-base --model "$base" --demonstrations "$anchor_start" "${anchors[@]}" "${sft[@]}" --iterations 800
         base=$out/tar-base
     fi
-    # Plain GRPO: the same prompt and base, as much time, and no reward for anchors.
-    spawn tar-plain stage tar-plain --model "$base" "${grpo[@]}" "${long[@]}" "${anchors[@]}" --anchor-weight 0 --p 1
+    # From the same base, for about as long: plain GRPO, and GRPO with the anchors' prompt but no reward for them.
+    spawn tar-plain stage tar-plain --model "$base" "${grpo[@]}" "${long[@]}" --p 1
+    spawn tar-none stage tar-none --model "$base" "${grpo[@]}" "${long[@]}" "${anchors[@]}" --anchor-weight 0 --p 1
     stage tar-1 --model "$base" "${grpo[@]}" "${half[@]}" "${anchors[@]}" --p 1 --save-rollouts
-    python stages.py anchors --rollouts "$out/tar-1" --output "$out/tar-2.jsonl"
+    python stages.py anchors --rollouts "$out/tar-1" --keep 30000 --output "$out/tar-2.jsonl"
     stage tar-2 --model "$base" --demonstrations "$out/tar-2.jsonl" "${anchors[@]}" "${sft[@]}"
     stage tar-3 --model "$out/tar-2" "${grpo[@]}" "${half[@]}" "${anchors[@]}" --p 1
     measure "$base" tar-base-test "${anchors[@]}" --tasks tvg
     settle
-    for name in tar-1 tar-2 tar-3 tar-plain; do measure "$out/$name" "$name-test" "${anchors[@]}" --tasks tvg; done
+    for name in tar-1 tar-2 tar-3 tar-none; do measure "$out/$name" "$name-test" "${anchors[@]}" --tasks tvg; done
+    measure "$out/tar-plain" tar-plain-test --tasks tvg
     python demo/table.py "$out" rows "base=tar-base-test" "stage 1: GRPO with anchors=tar-1-test:tar-1" \
         "stage 2: fresh base, supervised on its best=tar-2-test:tar-1,tar-2" \
-        "stage 3: GRPO from there=tar-3-test:tar-1,tar-2,tar-3" "plain GRPO=tar-plain-test:tar-plain"
+        "stage 3: GRPO from there=tar-3-test:tar-1,tar-2,tar-3" "plain GRPO=tar-plain-test:tar-plain" "anchors asked for, not rewarded=tar-none-test:tar-none"
 }
 
 tvg_r1() {  # cold start, rows of middling difficulty for the model at hand, GRPO
-    somewhere "${1:-0}"
-    local r1=(--tvg-reward tvg_r1) start
+    somewhere "$@"
+    local r1=(--tvg-reward tvg_r1)
+    [ -e "$cold_start" ] || fail "$cold_start is not there; name a cold start's file with COLD_START=/path/to/file.jsonl"
     python stages.py longest --demonstrations "$cold_start" --share 0.5 --output "$out/r1-cold.jsonl"
     stage r1-cold --model "$base" --demonstrations "$out/r1-cold.jsonl" "${r1[@]}" "${sft[@]}"
     spawn r1-only r1_rl r1-only "$base"
@@ -237,7 +263,7 @@ tvg_r1() {  # cold start, rows of middling difficulty for the model at hand, GRP
     measure "$base" r1-base-test "${r1[@]}" --tasks tvg
     measure "$out/r1-cold" r1-cold-test "${r1[@]}" --tasks tvg
     settle
-    grep -h -B 11 "rows kept" "$out/r1-only.log" "$out/r1-both.log"
+    cat "$out/r1-only-rows.txt" "$out/r1-both-rows.txt"
     python demo/table.py "$out" rows "base=r1-base-test" "cold start only=r1-cold-test:r1-cold" \
         "RL only=r1-only-test:r1-only" "both=r1-both-test:r1-cold,r1-both"
 }
@@ -245,7 +271,7 @@ tvg_r1() {  # cold start, rows of middling difficulty for the model at hand, GRP
 r1_rl() {  # NAME MODEL: TVG-R1's reinforcement learning from MODEL (no KL, as in its code) and an evaluation
     measure "$2" "$1-rollouts" --annotations "$rows" "${r1[@]}" --tasks tvg --samples 4
     python stages.py difficulty --annotations "$rows" --predictions "$out/$1-rollouts" --difficulty 0.1 0.7 \
-        --output "$out/$1.json"
+        --output "$out/$1.json" | tee "$out/$1-rows.txt"
     stage "$1" --model "$2" "${grpo[@]}" --annotations "$out/$1.json" "${r1[@]}" --p 1 --kl-coef 0 --weight-decay 0.01
     measure "$out/$1" "$1-test" "${r1[@]}" --tasks tvg
 }
@@ -256,5 +282,5 @@ case $name in
     demo | ablations) "$name" "$@" ;;
     charades-3b | charades-7b) charades "${name#charades-}"; invert4tvg "$@" ;;
     time-r1 | tar-tvg | tvg-r1) "${name//-/_}" "$@" ;;
-    *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

@@ -367,7 +367,19 @@ def test_a_wrong_option_is_one_sentence(argv, words, capsys):
 
 def test_supervised_stages_have_a_learning_rate_of_their_own():
     for argv, rate in (([], 1e-6), (["--demonstrations", "d"], 1e-5), (["--demonstrations", "d", "--lr", "3e-5"], 3e-5)):
-        assert runtime.parse_settings(invert4tvg.Config, "", argv).learning_rate == rate
+        assert runtime.parse_settings(invert4tvg.Config, "", argv).lr == rate
+
+
+def test_rollouts_are_cut_with_the_log_when_a_run_goes_on(lively):
+    train(lively, save_every=2, save_rollouts=True, p=1.0)
+    path = Path(lively.output) / "rollouts.0.jsonl"
+    whole = path.read_text()
+    assert whole.count("\n") == 4 * 2 * 3  # iterations, prompts, completions
+    shutil.rmtree(runtime.newest_checkpoint(lively.output))
+    with open(path, "a") as file:
+        file.write('{"iteration": 4, "vid')  # as if it had died while writing
+    train(lively, save_every=2, save_rollouts=True, p=1.0, resume=True)
+    assert path.read_text() == whole
 
 
 def test_every_setting_is_an_option_with_its_explanation(capsys):

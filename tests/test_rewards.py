@@ -239,6 +239,10 @@ def test_the_format_of_tvg_r1(completion, form):
     assert format_reward("tvg", completion) == float("<answer>" in completion)
 
 
+def test_the_tags_of_tvg_r1_are_text_to_the_paper():
+    assert format_reward("tvg", "<think>at <time> 3 </time></think> <answer>1 to 2</answer>") == 1
+
+
 def test_tvg_r1_weighs_iou_and_format():
     # truth 2 to 6: IoU of 4 to 8 is 2 / 6
     assert score("tvg", "<think>a</think> <time>[4, 8]</time>", sample(), tvg_reward="tvg_r1") == {
@@ -280,7 +284,8 @@ def anchored(*spans, answer="2 to 6"):
 
 
 def test_anchors_are_read_before_the_answer_only():
-    assert rewards.parse_anchors(anchored("1 to 2", "soon", "[3, 4]")) == [(1, 2), (3, 4)]
+    assert rewards.parse_anchors(anchored("1 to 2", "soon", "[3, 4]")) == [(1, 2), None, (3, 4)]
+    assert rewards.parse_anchors("<think><timestamp>1 to 2<timestamp></think><answer>") == [None, None]
     assert rewards.parse_anchors("<think>a</think> <answer><timestamp>1 to 2</timestamp></answer>") == []
     assert rewards.parse_anchors("<timestamp>1 to 2</timestamp>") == []
     assert format_reward("tvg", anchored("1 to 2"), tvg_reward="anchors") == 1
@@ -293,6 +298,12 @@ def test_anchor_reward_by_hand():
     assert rewards.anchor_reward([(3, 6), (3, 6)], (2, 6), (2, 6)) == pytest.approx(3 / 4)  # stands still
     assert rewards.anchor_reward([(4, 8), (3, 6)], (3, 6), (2, 6)) == pytest.approx(1 / 9 + 1 / 2)  # so does the answer
     assert rewards.anchor_reward([(4, 8), (3, 6)], None, (2, 6)) == pytest.approx(1 / 9 + 1 / 2)
+
+
+def test_an_anchor_that_cannot_be_read_costs_the_reward_of_all():
+    assert rewards.anchor_reward([(2, 6), None, (2, 6)], (2, 6), (2, 6)) == 0
+    parts = score("tvg", anchored("soon", "2 to 6"), sample(), tvg_reward="anchors")
+    assert parts["anchors"] == 2 and parts["anchor_reward"] == 0 and parts["anchor_gain"] == 1
 
 
 @pytest.mark.parametrize("count, reward", [(0, 0), (1, 0), (2, 1), (3, 1), (4, 1), (5, 0)])

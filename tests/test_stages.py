@@ -27,11 +27,12 @@ def test_every_rule_of_the_selection_drops_its_own():
             rollout(["3 to 6", "4 to 8"], "2 to 6"),  # falls on the way
             rollout(["3 to 6", "2 to 6"], "3 to 6"),  # falls at the end
             rollout(["8 to 9", "4 to 9"], "4 to 8"),  # rises, but to 1/3
+            rollout(["3 to 6", "soon"], "2 to 6"), rollout(["2 to 6"] * 5, "2 to 6"),  # unreadable, five: no reward either
             dict(good), rollout(["3 to 6", "3 to 6"], "3 to 6")]  # the same again; standing still is allowed
     kept, counts = stages.select_anchors(rows)
     assert [row["completion"] for row in kept] == [good["completion"], rows[-1]["completion"]]
     assert set(kept[0]) == {"video", "query", "start", "end", "task", "completion"}
-    assert [count for _, count in counts] == [8, 7, 6, 4, 3, 2]
+    assert [count for _, count in counts] == [10, 7, 6, 4, 3, 2]
 
 
 def test_invert_sft_pairs_a_clip_with_its_query():
@@ -46,8 +47,8 @@ def test_the_longest_half_in_the_files_order():
     assert stages.longest(lines, 1) == lines
 
 
-def prediction(row, iou, query="q", task="tvg", sample=0):
-    return {"row": row, "task": task, "sample": sample, "query": query, "parts": {"iou": iou}}
+def prediction(row, iou, query="q", task="tvg", sample=0, truth=(0.0, 1.0)):
+    return {"row": row, "task": task, "sample": sample, "query": query, "truth": truth, "parts": {"iou": iou}}
 
 
 def test_difficulty_is_the_mean_iou_of_a_row():
@@ -56,8 +57,9 @@ def test_difficulty_is_the_mean_iou_of_a_row():
     assert found == pytest.approx([0.3, 0.5])
     with pytest.raises(UserError, match="1 of 2 rows have no prediction"):
         stages.mean_ious([prediction(0, 0.2)], samples)
-    with pytest.raises(UserError, match="of another annotation file"):
-        stages.mean_ious([prediction(0, 0.2, query="other")], samples)
+    for other in (prediction(0, 0.2, query="other"), prediction(0, 0.2, truth=(0.0, 2.0)), prediction(2, 0.2)):
+        with pytest.raises(UserError, match="of another annotation file"):
+            stages.mean_ious([other], samples)
 
 
 def test_the_band_is_open_below_and_closed_above():
@@ -91,7 +93,7 @@ def test_histogram_counts_all_and_kept():
 def test_chosen_rows_are_read_back_as_annotations(tmp_path, capsys):
     samples = data.load_annotations(ROWS / "charades_sta.txt", "")
     (tmp_path / "p").mkdir()
-    lines = [prediction(i, i / len(samples), s.query) for i, s in enumerate(samples)]
+    lines = [prediction(i, i / len(samples), s.query, truth=[s.start, s.end]) for i, s in enumerate(samples)]
     (tmp_path / "p" / "predictions.0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     stages.main(stages.parse([
         "difficulty", "--annotations", str(ROWS / "charades_sta.txt"), "--predictions", str(tmp_path / "p"),
@@ -109,7 +111,9 @@ def test_demonstrations_are_read_back(tmp_path):
 
 @pytest.mark.parametrize("argv, words", [
     (["difficulty", "--annotations", "a", "--predictions", "p", "--output", "o", "--difficulty", "0.7", "0.1"], "no band"),
+    (["difficulty", "--annotations", "a", "--predictions", "p", "--output", "o", "--difficulty", "10", "70"], "as IoU"),
     (["longest", "--demonstrations", "d", "--output", "o", "--share", "0"], "--share is 0"), (["anchors"], "--rollouts"),
+    (["anchors", "--rollouts", "r", "--output", "o", "--keep", "-3"], "--keep is -3"),
     (["other"], "'other'"), ([], "STAGE")])
 def test_a_wrong_option_is_one_sentence(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -118,10 +122,25 @@ def test_a_wrong_option_is_one_sentence(argv, words, capsys):
     assert stop.value.code == 2 and words in message and message.count("\n") == 1
 
 
+@pytest.mark.parametrize("line", ['{"a": 1}', '[{}]', "{broken}", '{"video": 1, "query": 1, "task": 1, "completion": 1}'])
+def test_a_line_that_is_no_rollout_is_named_and_a_torn_last_one_left_out(line, tmp_path):
+    path = tmp_path / "rollouts.0.jsonl"
+    good = rollout(["4 to 8", "3 to 6"], "2 to 6")
+    path.write_text(json.dumps(good) + '\n{"video": "a.mp4", "qu')
+    assert stages.read_rollouts(tmp_path) == [good]
+    if line.endswith("}"):
+        path.write_text(json.dumps(good) + "\n" + line)
+        with pytest.raises(UserError, match="rollouts.0.jsonl, line 2: is no rollout"):
+            stages.read_rollouts(tmp_path)
+
+
 def test_nothing_left_is_an_error_and_writes_nothing(tmp_path):
     (tmp_path / "rollouts.0.jsonl").write_text(json.dumps(rollout([], "2 to 6")) + "\n")
     with pytest.raises(UserError, match="no row is left"):
         stages.main(stages.parse(["anchors", "--rollouts", str(tmp_path), "--output", str(tmp_path / "o")]))
     with pytest.raises(UserError, match="--save-rollouts"):
         stages.main(stages.parse(["anchors", "--rollouts", str(tmp_path / "no"), "--output", str(tmp_path / "o")]))
+    with pytest.raises(UserError, match="is no folder"):
+        stages.main(stages.parse(["difficulty", "--annotations", str(ROWS / "charades.json"), "--predictions",
+                                  str(tmp_path / "no"), "--output", str(tmp_path / "o")]))
     assert not (tmp_path / "o").exists()
