@@ -1,7 +1,7 @@
 """The ablations' table: mean and spread over seeds on the toy, beside the paper's numbers.
 
-    python demo/ablations.py SEED ...        collect runs/demo-SEED into runs/ablations.csv and print the table
-    python demo/ablations.py --from FILE.csv print the table of a file collected before
+    python demo/ablations.py SEED ...          collect runs/demo-SEED into runs/ablations.csv, write runs/ablations.md
+    python demo/ablations.py --from FILE.csv   print the table of a file collected before
 
 `bash train.sh ablations` makes the runs.
 """
@@ -67,14 +67,24 @@ def table(rows):
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "--from":
-        with open(sys.argv[2], newline="") as file:
-            rows = list(csv.DictReader(file))
-    else:
-        rows = collect(sys.argv[1:])
-        with open("runs/ablations.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, ("seed", "run", *METRICS))
-            writer.writeheader()
-            writer.writerows(rows)
+def main(arguments):
+    if arguments[:1] == ["--from"] and len(arguments) == 2:
+        with open(arguments[1], newline="") as file:
+            print(table(list(csv.DictReader(file))))
+        return
+    rows = collect(arguments)
+    if not rows:
+        sys.exit(f"ablations.py: no finished run of seeds {arguments} in runs/; `bash train.sh ablations` makes them.")
+    with open("runs/ablations.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ("seed", "run", *METRICS))
+        writer.writeheader()
+        writer.writerows(rows)
+    Path("runs/ablations.md").write_text(table(rows))
     print(table(rows))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except OSError as error:
+        sys.exit(f"ablations.py: {error}")
