@@ -79,7 +79,7 @@ toy() {  # SEED: the settings of the toy's runs
     train=(python invert4tvg.py "${clips[@]}" --seed "$seed" --micro-batch 16 --no-gradient-checkpointing)
     evaluate=(python evaluate.py "${clips[@]}" --micro-batch 128)
     rows=$out/train.txt test=$out/test.txt base=$out/warm cold_start=$out/cold-start.jsonl at_once=2
-    anchor_start=$out/anchors.jsonl anchors=(--tvg-reward anchors --max-new-tokens 48)
+    anchor_start=$out/anchors.jsonl list_start=$out/lists.jsonl anchors=(--tvg-reward anchors --max-new-tokens 48)
     grpo=(--annotations "$rows" --iterations 350 --lr 4e-4)
     long=(--iterations 700) half=(--iterations 250) short=(--iterations 60) sft=(--iterations 400 --lr 1e-3) rows_kept=1000
 }
@@ -182,7 +182,7 @@ charades() {  # 3b or 7b: the settings of the runs on GPUs
     local launch=(torchrun --nproc_per_node "$gpus" --shutdown-timeout 1800)  # Ctrl-C saves: 30 seconds are too few
     out=runs/charades-$1 rows=data/charades_sta_train.txt test=data/charades_sta_test.txt at_once=1
     base=Qwen/Qwen2.5-VL-${1^^}-Instruct cold_start=${COLD_START:-data/tvg_cold_start.jsonl}
-    anchor_start= anchors=(--tvg-reward anchors)
+    anchor_start= list_start= anchors=(--tvg-reward anchors)
     # Eight prompts an iteration on any number of GPUs.
     train=("${launch[@]}" invert4tvg.py --videos data/videos --accumulation $((8 / gpus)))
     evaluate=("${launch[@]}" evaluate.py --videos data/videos)
@@ -232,7 +232,7 @@ time_r1() {  # a first choice around an IoU of 0.3, then before each epoch only 
 tar_tvg() {  # GRPO collects traces, supervised training of a fresh base on the best, GRPO from there
     somewhere "$@"
     local name
-    if [ -n "$anchor_start" ]; then  # the toy's base must learn the prompt; a fifth of these have anchors, poor ones
+    if [ -n "$anchor_start" ]; then  # the toy's base must learn the prompt; a fifth of these have anchors
         stage tar-base --model "$base" --demonstrations "$anchor_start" "${anchors[@]}" "${sft[@]}" --iterations 800
         base=$out/tar-base
     fi
@@ -256,6 +256,10 @@ tvg_r1() {  # cold start, rows of middling difficulty for the model at hand, GRP
     somewhere "$@"
     local r1=(--tvg-reward tvg_r1)
     [ -e "$cold_start" ] || fail "$cold_start is not there; name a cold start's file with COLD_START=/path/to/file.jsonl"
+    if [ -n "$list_start" ]; then  # the toy's base must learn the prompt
+        stage r1-base --model "$base" --demonstrations "$list_start" "${r1[@]}" "${sft[@]}"
+        base=$out/r1-base
+    fi
     python stages.py longest --demonstrations "$cold_start" --share 0.5 --output "$out/r1-cold.jsonl"
     stage r1-cold --model "$base" --demonstrations "$out/r1-cold.jsonl" "${r1[@]}" "${sft[@]}"
     spawn r1-only r1_rl r1-only "$base"

@@ -6,8 +6,8 @@ writes videos/*.mp4 (one coloured shape performs three actions, with pauses), tr
 (Charades-STA's "VID start end##sentence"), transfer.json (ActivityNet's format; other videos, of two actions),
 demonstrations, and model/ (a random Hugging Face checkpoint of half a million parameters with tokenizer and chat
 template). The demonstrations: warmup-1.jsonl and warmup-2.jsonl, for a warm start that is short on purpose and in which
-four of the ten verbs are rare; cold-start.jsonl, in TVG-R1's field names, whose reasoning is the query or, longer, all
-that happens in the video; anchors.jsonl, of which a fifth guesses before it answers, as a base for TAR-TVG.
+four of the ten verbs are rare; lists.jsonl, in TVG-R1's field names and answer format, and cold-start.jsonl, half of it
+with longer reasoning; anchors.jsonl, of which a fifth guesses before it answers, as a base for TAR-TVG.
 """
 
 import argparse
@@ -135,13 +135,12 @@ def write_demonstrations(path, rows, tvg_copies, inversions, rng):
     write_lines(path, lines)
 
 
-def write_cold_start(path, rows, rng):
-    """TVG-R1's cold start: half of the rows think the query, the others list every action of the video and its times."""
+def write_cold_start(path, rows, long_share, rng):
+    """TVG-R1's cold start: completions that think the query and, a share of them, go on with the action and its times."""
     lines = []
     for name, start, end, sentence, seconds in rows:
         query = sentence.rstrip(".")
-        listed = " ".join(f"{s} {q.rstrip('.').split()[-1]} {e}" for n, s, e, q, _ in rows if n == name)
-        thought = listed if rng.random() < 0.5 else query
+        thought = query + (f" {query.split()[-1]} {start} to {end}" if rng.random() < long_share else "")
         lines.append({"dataset": "demo", "problem": sentence, "choices": "", "video": f"{name}.mp4",
                       "video_length": seconds, "gt_frame": [start, end], "ground_truth": "",
                       "completion": f"<think> {thought} </think> <time> [ {start} , {end} ] </time>"})
@@ -233,7 +232,8 @@ def main():
     rng = np.random.default_rng(args.seed)
     write_demonstrations(args.folder / "warmup-1.jsonl", rows["train"], tvg_copies=1, inversions=3, rng=rng)
     write_demonstrations(args.folder / "warmup-2.jsonl", rows["train"], tvg_copies=4, inversions=1, rng=rng)
-    write_cold_start(args.folder / "cold-start.jsonl", rows["train"], rng)
+    write_cold_start(args.folder / "lists.jsonl", rows["train"], 0.0, rng)
+    write_cold_start(args.folder / "cold-start.jsonl", rows["train"], 0.5, rng)
     write_anchors(args.folder / "anchors.jsonl", rows["train"], rng)
     parameters = make_model(args.folder / "model", args.seed)
     counts = ", ".join(f"{len(rows[split])} {split} rows" for split in splits)
