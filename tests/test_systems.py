@@ -88,13 +88,14 @@ def test_tar_tvg(demo):
         file.write(json.dumps(good) + "\n")
     stage("anchors", "--rollouts", demo / "tar-1", "--output", demo / "tar-2.jsonl")
     assert good["completion"] in (demo / "tar-2.jsonl").read_text().replace("\\n", "")
-    train(demo, "tar-2", "--model", demo / "tar-0", "--demonstrations", demo / "tar-2.jsonl", *anchors, "--iterations", 25,
-          "--lr", 4e-3)
+    log = train(demo, "tar-2", "--model", demo / "tar-0", "--demonstrations", demo / "tar-2.jsonl", *anchors,
+                "--iterations", 25, "--lr", 4e-3)
+    assert log[-1]["nll"] < 0.5 * log[0]["nll"]
     train(demo, "tar-3", "--model", demo / "tar-2", "--annotations", demo / "train.txt", *anchors, "--p", 1,
           "--iterations", 1)
     metrics = measure(demo, "tar-test", "--model", demo / "tar-3", "--annotations", demo / "test.txt", *anchors, "--tasks",
                       "tvg")
-    assert metrics["2-4 anchors"] > 50 and "anchor gain" in metrics  # the one demonstration, learned by heart
+    assert 0 <= metrics["2-4 anchors"] <= 100 and metrics["rows"] == {"tvg": 6}
 
 
 def test_tvg_r1(demo):
