@@ -62,7 +62,8 @@ class Config(evaluate.Settings):
     loss_reduction: str = flag("completion", "mean over each completion's tokens, then completions, or over all tokens "
                                "(released code)", choices=("completion", "token"))
     # the optimiser
-    lr: float = flag(None, "learning rate; default 1e-6 (released log; the paper prints 5e-5), 1e-5 with --demonstrations")
+    lr: float = flag(None, "learning rate; default 1e-6 (released log; the paper prints 5e-5), with --demonstrations "
+                     "1e-5")
     lr_schedule: str = flag("linear", "decay to 0 over the run (released code), or none",
                             choices=("linear", "constant"))
     betas: tuple = flag((0.9, 0.999), "AdamW's; Section 3.1")
@@ -96,7 +97,8 @@ class Config(evaluate.Settings):
 
     def check(self):
         super().check()
-        for name in ("group_size", "temperature", "mu", "lr", "epochs", "accumulation", "save_every", "keep", "max_grad_norm"):
+        for name in ("group_size", "temperature", "mu", "lr", "epochs", "accumulation", "save_every", "keep",
+                     "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{option(name)} is {getattr(self, name)}; it must be above 0.")
         for name in ("anchor_weight", "progress_weight", "kl_coef", "clip_epsilon", "vd_verb_cap", "iterations",
@@ -206,8 +208,9 @@ def save_rollouts(run, iteration, items, texts, scores):
         for n, (text, parts) in enumerate(zip(texts, scores)):
             item = items[n // run.config.group_size]
             s = run.samples[item.index]
-            file.write(json.dumps({"iteration": iteration, "video": Path(s.video).name, "query": s.query, "start": s.start,
-                                   "end": s.end, "task": item.task, "completion": text, "parts": parts}) + "\n")
+            file.write(json.dumps({"iteration": iteration, "video": Path(s.video).name, "query": s.query,
+                                   "start": s.start, "end": s.end, "task": item.task, "completion": text,
+                                   "parts": parts}) + "\n")
 
 
 def update(run, batches, lr):

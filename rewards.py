@@ -214,8 +214,9 @@ def anchor_reward(anchors, answer, truth, progress_weight=0.5):
     """TAR-TVG's reward for two to four anchors that approach the answer: sum_k w_k soft IoU(a_k) + b * progress.
 
     w_k = 2k / (K(K + 1)), so later anchors weigh more and all weigh 1; progress is 1 if the IoU rises strictly from
-    anchor to anchor and to the answer. Another number of anchors, or one that cannot be read, earns 0. The paper's formula is not public: this is
-    this project's reading of its abstract and reviews ("increasingly accurate temporal estimations").
+    anchor to anchor and to the answer. Another number of anchors, or one that cannot be read, earns 0. The paper's
+    formula is not public: this is this project's reading of its abstract and reviews ("increasingly accurate temporal
+    estimations").
     """
     K = len(anchors)
     if K not in ANCHORS_WANTED or None in anchors:

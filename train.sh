@@ -249,7 +249,8 @@ tar_tvg() {  # GRPO collects traces, supervised training of a fresh base on the 
     measure "$out/tar-plain" tar-plain-test --tasks tvg
     python demo/table.py "$out" rows "base=tar-base-test" "stage 1: GRPO with anchors=tar-1-test:tar-1" \
         "stage 2: fresh base, supervised on its best=tar-2-test:tar-1,tar-2" \
-        "stage 3: GRPO from there=tar-3-test:tar-1,tar-2,tar-3" "plain GRPO=tar-plain-test:tar-plain" "anchors asked for, not rewarded=tar-none-test:tar-none"
+        "stage 3: GRPO from there=tar-3-test:tar-1,tar-2,tar-3" "plain GRPO=tar-plain-test:tar-plain" \
+        "anchors asked for, not rewarded=tar-none-test:tar-none"
 }
 
 tvg_r1() {  # cold start, rows of middling difficulty for the model at hand, GRPO

@@ -148,7 +148,7 @@ def write_cold_start(path, rows, long_share, rng):
 
 
 def write_anchors(path, rows, rng):
-    """Answers to the prompt that asks for anchors; ANCHOR_SHARE of them hold two or three, each wrong by up to half a second."""
+    """Answers to the prompt that asks for anchors; ANCHOR_SHARE of them hold two or three, wrong by up to half a second."""
     lines = []
     for name, start, end, sentence, seconds in rows:
         anchors = ""

@@ -92,7 +92,8 @@ def test_on_gpus_one_job_runs_after_the_other(run, tmp_path, system, stages):
 
 @pytest.mark.parametrize("arguments, environment, words", [
     (["tar-tvg", "--lr"], {}, "--lr is no seed"), (["tar-tvg", "0", "--lr", "1"], {}, "take no options"),
-    (["tvg-r1", "charades-3b"], {}, "COLD_START"), (["charades-3b"], {"GPUS": "3"}, "GPUS=3"), (["x"], {}, "bash train.sh demo")])
+    (["tvg-r1", "charades-3b"], {}, "COLD_START"), (["charades-3b"], {"GPUS": "3"}, "GPUS=3"),
+    (["x"], {}, "bash train.sh demo")])
 def test_a_mistake_is_said_before_anything_runs(run, arguments, environment, words):
     status, message, calls = run(*arguments, **environment)
     assert status != 0 and words in message and calls == []
