@@ -212,7 +212,8 @@ def test_demonstrations_with_the_field_names_of_tvg_r1_are_read(name, tmp_path):
     assert load_demonstrations(tmp_path / "cold.jsonl", "v") == [Demonstration(sample, "tvg", row[name])]
 
 
-@pytest.mark.parametrize("change", [{"task": "dance"}, {"task": []}, {"completion": None}, {"completion": 3}, {"query": ""}, {"start": "x"}, {"end": -1}])
+@pytest.mark.parametrize("change", [{"task": "dance"}, {"task": []}, {"completion": None}, {"completion": 3},
+                                    {"query": ""}, {"start": "x"}, {"end": -1}])
 def test_a_malformed_demonstration_is_refused_by_file_and_line(change, tmp_path):
     path = tmp_path / "sft.jsonl"
     path.write_text(json.dumps(DEMONSTRATION) + "\n" + json.dumps(DEMONSTRATION | change))
