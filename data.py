@@ -108,6 +108,12 @@ def load_demonstrations(path, video_dir):
     return rows
 
 
+def demonstration_row(sample, task, completion):
+    """-> one line, a dictionary, of a file that `load_demonstrations` reads."""
+    return {"video": Path(sample.video).name, "query": sample.query, "start": sample.start, "end": sample.end,
+            "task": task, "completion": completion}
+
+
 def _lines(text):  # not splitlines(), which also cuts at the U+2028 and U+0085 that JSON strings may hold
     return [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 

@@ -173,7 +173,8 @@ def rollout(run, iteration, items, generator):
             run.model, prompts, G, config.max_new_tokens, processor.eos, processor.banned, config.temperature, generator,
             features)
         texts = evaluate.completion_texts(processor, sampled)
-        scores = [rewards.score(items[n // G].task, text, run.samples[items[n // G].index], **config.scoring())
+        scoring = config.scoring()
+        scores = [rewards.score(items[n // G].task, text, run.samples[items[n // G].index], **scoring)
                   for n, text in enumerate(texts)]  # Eq. 10 and 11
         if config.save_rollouts:
             save_rollouts(run, iteration, items, texts, scores)
@@ -207,10 +208,8 @@ def save_rollouts(run, iteration, items, texts, scores):
     with open(Path(run.config.output) / f"rollouts.{dist.get_rank()}.jsonl", "a", encoding="utf-8") as file:
         for n, (text, parts) in enumerate(zip(texts, scores)):
             item = items[n // run.config.group_size]
-            s = run.samples[item.index]
-            file.write(json.dumps({"iteration": iteration, "video": Path(s.video).name, "query": s.query,
-                                   "start": s.start, "end": s.end, "task": item.task, "completion": text,
-                                   "parts": parts}) + "\n")
+            row = data.demonstration_row(run.samples[item.index], item.task, text)
+            file.write(json.dumps({"iteration": iteration} | row | {"parts": parts}) + "\n")
 
 
 def update(run, batches, lr):

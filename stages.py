@@ -27,15 +27,9 @@ import rewards
 from runtime import UserError, option
 
 
-def demonstration(sample, task, completion):
-    """One line of a file for --demonstrations."""
-    return {"video": Path(sample.video).name, "query": sample.query, "start": sample.start, "end": sample.end,
-            "task": task, "completion": completion}
-
-
 def invert_sft(samples):
     """Appendix D's pairs: the clip of every row with start < end, asked for as a VD prompt, and its query."""
-    return [demonstration(s, "vd", f"<answer>{s.query}</answer>") for s in samples if s.start < s.end]
+    return [data.demonstration_row(s, "vd", f"<answer>{s.query}</answer>") for s in samples if s.start < s.end]
 
 
 def longest(lines, share):
@@ -145,7 +139,8 @@ def main(args):
         rows = invert_sft(samples)
         print(f"{len(samples)} rows, {len(rows)} with start < end")
     elif args.stage == "longest":
-        lines = [demonstration(d.sample, d.task, d.completion) for d in data.load_demonstrations(args.demonstrations, "")]
+        demonstrations = data.load_demonstrations(args.demonstrations, "")
+        lines = [data.demonstration_row(d.sample, d.task, d.completion) for d in demonstrations]
         rows = longest(lines, args.share)
         mean = lambda part: np.mean([len(line["completion"].split()) for line in part])  # noqa: E731
         print(f"{len(lines)} demonstrations of {mean(lines):.1f} words, {len(rows)} kept of {mean(rows):.1f}")

@@ -188,7 +188,6 @@ charades() {  # 3b or 7b: the settings of the runs on GPUs
     evaluate=("${launch[@]}" evaluate.py --videos data/videos)
     grpo=(--annotations "$rows")
     long=(--epochs 5) half=(--epochs 2) short=(--epochs 1) sft=(--epochs 1) rows_kept=2500
-    mkdir -p "$out"
 }
 
 invert4tvg() {

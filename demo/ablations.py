@@ -40,11 +40,11 @@ SECTIONS = (
 
 def collect(seeds):
     """Metrics of every finished run -> rows {seed, run, metric: percent}."""
-    rows = []
+    rows, known = [], {run for _, lines in SECTIONS for run, _, _ in lines}
     for seed in seeds:
         for path in sorted(Path(f"runs/demo-{seed}").glob("*/metrics.json")):
             metrics, run = json.loads(path.read_text()), path.parent.name.removesuffix("-test")
-            if run in {run for _, lines in SECTIONS for run, _, _ in lines}:
+            if run in known:
                 rows.append({"seed": seed, "run": run} | {m: round(metrics[m], 2) for m in METRICS})
     return rows
 
