@@ -97,6 +97,7 @@ warm_start() {  # supervised, stopped early, four of the ten verbs rare
             --lr 2e-3 --iterations 600
         from=warm-1.$round
         if python demo/table.py "$out" sees "$from"; then break; fi
+        [ "$round" != 4 ] || fail "seed $seed: after four rounds of warm-up the model still guesses actions; take another seed."
     done
     stage warm --model "$out/$from" --demonstrations "$out/warmup-2.jsonl" --lr 1e-3 --lr-schedule constant \
         --iterations 1800

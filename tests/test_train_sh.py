@@ -60,6 +60,12 @@ def test_a_finished_demo_is_not_run_again_and_not_mixed_with_other_options(run):
     assert status == 1 and "made with other options" in message and trained(calls) == []
 
 
+def test_a_seed_that_never_learns_to_see_is_refused(run):
+    status, message, calls = run("demo", "1", FAIL=" sees ")
+    assert status == 1 and "still guesses actions" in message and "another seed" in message
+    assert trained(calls) == ["warm-1.1", "warm-1.2", "warm-1.3", "warm-1.4"]
+
+
 @pytest.mark.parametrize("arguments, failing", [(["demo", "0"], "tvg-only"), (["ablations", "0"], "runs/demo-0/vd ")])
 def test_what_failed_is_said_and_run_again(run, tmp_path, arguments, failing):
     status, message, _ = run(*arguments, FAIL=failing)
