@@ -73,7 +73,8 @@ def load_annotations(path, video_dir, single_window=False):
             samples += [_sample(find(video), *row, qid or where) for video, *row, qid in rows]
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             reason = f"no field {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}, {where}: not a readable annotation row ({reason}).") from error
+            raise ValueError(f"{path}, {where}: not a readable annotation row ({reason}); the README lists the formats "
+                             "that are read.") from error
     if not samples:
         raise ValueError(f"{path}: holds no annotation row; the README lists the formats that are read.")
     return samples

@@ -178,7 +178,7 @@ def summarize(predictions):
     `anchor gain` is the rise in IoU from the first anchor to the answer, a mean over the answers that have any.
     """
     values = {}
-    for p in predictions:
+    for p in sorted(predictions, key=lambda p: TASKS.index(p["task"])):
         for name, value in row_values(p).items():
             values.setdefault(name, []).append(value)
     metrics = {name: float(np.mean(v)) for name, v in values.items()}
@@ -257,7 +257,9 @@ def read_predictions(output):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 p = {"sample": 0} | json.loads(line)
-                predictions[p["row"], p["task"], p["sample"]] = p
+                key = p["row"], p["task"], p["sample"]
+                if key not in predictions or not p["error"]:  # a video that was mended since
+                    predictions[key] = p
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
     return [predictions[key] for key in sorted(predictions)]
@@ -278,7 +280,7 @@ def evaluate(load, samples, rows, tasks, settings, output, k=0):
     if settings.tvg_reward == "timestamp_iou":  # no metric, and in need of durations
         scoring["tvg_reward"] = "iou"
     jobs = [(row, task) for task in tasks for row, verb in zip(rows, has_verb) if verb or task == "tvg"]
-    done = Counter((p["row"], p["task"]) for p in read_predictions(output))
+    done = Counter((p["row"], p["task"]) for p in read_predictions(output) if not p["error"])
     dist.barrier()  # nobody writes before everybody has read
     jobs = [job for job in jobs[rank::world] if done[job] < max(1, k)]
     if jobs:
@@ -342,7 +344,9 @@ def same_run(settings, output):
     record, now = Path(output) / "settings.json", dataclasses.asdict(settings)
     for name in ("against", "workers", "output", "allow_missing_videos", "micro_batch"):
         now.pop(name)
-    now["model"] = str(runtime.newest_checkpoint(settings.model) or settings.model)  # a run's folder moves on
+    model = runtime.newest_checkpoint(settings.model) or Path(settings.model)  # a run's folder moves on
+    written = max((path.stat().st_mtime for path in model.glob("*.safetensors")), default=None)
+    now["model"] = [str(model), written]  # and may be trained anew
     now = json.loads(json.dumps(now))  # tuples become lists
     held = any(Path(output).glob("predictions*.jsonl")) and record.exists()
     if held and (before := json.loads(record.read_text())) != now:
@@ -356,6 +360,8 @@ def same_run(settings, output):
 
 def main(settings, device):
     samples = load_samples(settings)
+    if settings.against and not read_predictions(settings.against):
+        raise UserError(f"--against {settings.against}: holds no predictions; give the --output of another evaluation.")
     same_run(settings, settings.output)
     rows = evenly_spaced(len(samples), settings.limit)
     metrics = evaluate(lambda: runtime.load_model(settings.model, device), samples, rows, settings.tasks, settings,

@@ -105,6 +105,8 @@ class Config(evaluate.Settings):
                      "eval_every", "eval_limit", "weight_decay", "adam_eps", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{option(name)} is {getattr(self, name)}; it cannot be negative.")
+        if self.seed >= 2**63:
+            raise UserError(f"--seed is {self.seed}; it must be below 2^63.")
         if not 0 <= self.p <= 1:
             raise UserError(f"--p is {self.p}; a probability lies between 0 and 1.")
         if self.group_size < 2 and not self.demonstrations:
@@ -115,6 +117,9 @@ class Config(evaluate.Settings):
                      "vd_verb_cap", "group_size", "temperature", "kl_coef", "save_rollouts"):
             if self.demonstrations and getattr(self, name) != getattr(type(self), name):
                 raise UserError(f"{option(name)} has no meaning with --demonstrations; leave one of them out.")
+        for name in ("eval_annotations", "eval_videos", "eval_limit"):
+            if not self.eval_every and getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"{option(name)} has no meaning without --eval-every; say how often to evaluate.")
         for name in ("anchor_weight", "progress_weight"):
             if self.tvg_reward != "anchors" and getattr(self, name) != getattr(type(self), name):
                 raise UserError(f"{option(name)} has no meaning without --tvg-reward anchors; leave it out.")

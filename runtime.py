@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -198,7 +199,11 @@ def load_optimizer(checkpoint, model, optimizer):
     names = {p: name for name, p in model.named_parameters()}
     mine = {names[p]: p for group in optimizer.optim.param_groups for p in group["params"]}
     for path in sorted(checkpoint.glob("optimizer.*.pt")):
-        for name, state in torch.load(path, map_location="cpu", mmap=True).items():
+        try:
+            states = torch.load(path, map_location="cpu", mmap=True)
+        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path}: cannot be read; remove {checkpoint} to resume from the one before.") from error
+        for name, state in states.items():
             if name in mine:
                 moved = {k: v.to(model.device, copy=True) if torch.is_tensor(v) else v for k, v in state.items()}
                 optimizer.optim.state[mine.pop(name)] = moved
@@ -219,7 +224,10 @@ def open_output(config):
         for log in (output / "metrics.jsonl", *output.glob("rollouts.*.jsonl")):
             lines = log.read_text(encoding="utf-8").split("\n") if newest and log.exists() else []
             lines = [line for line in lines if line.endswith("}")]  # a crash may have cut the last one off
-            kept = "".join(line + "\n" for line in lines if json.loads(line)["iteration"] < start)
+            try:
+                kept = "".join(line + "\n" for line in lines if json.loads(line)["iteration"] < start)
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{log}: holds a line that is no log's ({error!r}); mend it, or move the file away.") from error
             log.write_text(kept, encoding="utf-8")
         (output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     if newest:

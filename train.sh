@@ -2,13 +2,15 @@
 # The runs of the README. On toy videos and a tiny model, on a laptop without a GPU:
 #   bash train.sh demo [SEED]           GRPO with inversion and without
 #   bash train.sh ablations [SEED ...]  the paper's tables and figures
+#   bash train.sh few [SEED ...]        GRPO with inversion and without, on sixty annotations
 # The paper's setting on Charades-STA, 8 GPUs; GPUS=1 for one of 80 GB:
 #   bash train.sh charades-3b           or charades-7b
 # Other papers' systems, on the toy or where WHERE is charades-3b or charades-7b:
 #   bash train.sh time-r1 [SEED | WHERE]
 #   bash train.sh tar-tvg [SEED | WHERE]
 #   bash train.sh tvg-r1 [SEED | WHERE]
-# Options after demo SEED and charades go to the GRPO runs. What is interrupted goes on when called again.
+# Options after demo SEED and charades go to the GRPO runs, not to evaluations. What is interrupted goes on when
+# called again.
 # tvg-r1 elsewhere needs COLD_START=FILE.jsonl: problem, gt_frame, solution with reasoning and <time>[a, b]</time>.
 set -euo pipefail
 set -m  # a process group for each background job, so that it can be stopped with its children
@@ -41,10 +43,10 @@ settle() {  # wait for all that was spawned
 }
 
 started() {  # FOLDER OPTIONS...: note how a folder is made, and stop rather than go on with something else
-    local note=$1.options
+    local folder=$1 note=$1.options
     shift
-    if [ -e "$note" ] && [ "$(cat "$note")" != "$*" ]; then
-        fail "${note%.options} was made with other options (in $note); remove it, or name another seed."
+    if [ -e "$folder" ] && [ "$(cat "$note" 2>/dev/null)" != "$*" ]; then
+        fail "$folder was made with other options (in $note); remove the folder, or move it away, to make it anew."
     fi
     mkdir -p "$(dirname "$note")"
     echo "$*" > "$note"
@@ -63,15 +65,17 @@ stage() {  # NAME OPTIONS...: a run of invert4tvg.py in $out/NAME; skipped when 
 measure() {  # MODEL FOLDER OPTIONS...: evaluate MODEL into $out/FOLDER, unless that is done
     local model=$1 folder=$2
     shift 2
+    local metrics=$out/$folder/metrics.json
+    if [ -e "$metrics" ] && [ "$model/complete" -nt "$metrics" ]; then rm -rf "${out:?}/$folder"; fi  # trained anew
     started "$out/$folder" "$model" "$@"
-    if [ -e "$out/$folder/metrics.json" ]; then return; fi
+    if [ -e "$metrics" ]; then return; fi
     "${evaluate[@]}" --model "$model" --annotations "$test" "$@" --output "$out/$folder"
 }
 
 # ---------------------------------------------------------------------------------------------- the toy
 
 toy() {  # SEED: the settings of the toy's runs
-    case $1 in '' | *[!0-9]*) fail "$1 is no seed; give a number, or see bash train.sh" ;; esac
+    case $1 in '' | *[!0-9]* | ??????????*) fail "$1 is no seed; give a number, or see bash train.sh" ;; esac
     seed=$1 out=runs/demo-$1
     export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=  # one core a process; runs go two at a time
     # 56 x 56 videos are read at 28 x 28: one visual token a second.
@@ -125,24 +129,30 @@ demo() {
     python demo/table.py "$out"
 }
 
-ablations() {
-    local seeds=${*:-0 1 2} name options
-    for seed in $seeds; do
+sweep() {  # NAME RUNS SEED...: a line of RUNS is a run and its options; their table for all seeds
+    local sweep=$1 runs=$2 name options
+    shift 2
+    for seed; do toy "$seed"; done  # a mistake in the last is said before the first runs
+    for seed; do
         toy "$seed"
         echo "--- seed $seed"
         warm_start
         measure "$out/warm" warm-test
         while read -r name options; do
             spawn "$name" ablation "$name" $options
-        done <<< "$ABLATIONS"
+        done <<< "$runs"
         settle
     done
-    python demo/ablations.py $seeds
+    python demo/ablations.py "runs/$sweep.csv" "$@"
 }
 
 ablation() {  # NAME OPTIONS...: train and evaluate one
     local name=$1
     shift
+    case $name in few*)
+        sed -n 61,120p "$rows" > "$out/$name.txt"
+        set -- --annotations "$out/$name.txt" --train-vision --kl-coef 0 "$@" ;;
+    esac
     if [ "$name" = invert-sft-grpo ]; then  # Figure 6
         base=$out/invert-sft
         python stages.py invert-sft --annotations "$rows" --output "$base.jsonl"
@@ -174,6 +184,11 @@ cosine --inversion-reward cosine
 tvg-only-no-kl --p 1 --kl-coef 0
 grpo-no-kl --p 0.8 --kl-coef 0
 invert-sft-grpo --p 0.8'
+
+# So few annotations that grounding alone learns them by heart; the last, with as many grounding iterations as the first.
+FEW='few --p 0.8
+few-tvg-only --p 1
+few-tvg-only-280 --p 1 --iterations 280'
 
 # ---------------------------------------------------------------------------------------------- Charades-STA
 
@@ -284,8 +299,10 @@ r1_rl() {  # NAME MODEL: TVG-R1's reinforcement learning from MODEL (no KL, as i
 name=${1:-}
 shift || true
 case $name in
-    demo | ablations) "$name" "$@" ;;
+    demo) demo "$@" ;;
+    ablations) [ $# != 0 ] || set -- 0 2 3; sweep ablations "$ABLATIONS" "$@" ;;
+    few) [ $# != 0 ] || set -- 0 2 3; sweep few "$FEW" "$@" ;;
     charades-3b | charades-7b) charades "${name#charades-}"; invert4tvg "$@" ;;
     time-r1 | tar-tvg | tvg-r1) "${name//-/_}" "$@" ;;
-    *) sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

@@ -1,9 +1,9 @@
-"""The ablations' table: mean and spread over seeds on the toy, beside the paper's numbers.
+"""Tables of many runs: mean and spread over seeds on the toy, beside the paper's numbers.
 
-    python demo/ablations.py SEED ...          collect runs/demo-SEED into runs/ablations.csv, write runs/ablations.md
-    python demo/ablations.py --from FILE.csv   print the table of a file collected before
+    python demo/ablations.py runs/SWEEP.csv SEED ...   collect runs/demo-SEED into the file, and print its table
+    python demo/ablations.py demo/SWEEP.csv            print the table of a file collected before
 
-`bash train.sh ablations` makes the runs.
+SWEEP is ablations or few; `bash train.sh SWEEP` makes the runs, and calls the first.
 """
 
 import csv
@@ -14,8 +14,9 @@ from pathlib import Path
 
 METRICS = ("R1@0.3", "R1@0.5", "R1@0.7", "mIoU", "VC", "AR", "VD")
 # (section, [(run, label, the paper's R1@0.3 / 0.5 / 0.7 or mIoU, where it prints any)])
-SECTIONS = (
-    ("start", [("warm", "warm start, supervised", "")]),
+START = ("start", [("warm", "warm start, supervised", "")])
+SWEEPS = {"ablations": (
+    START,
     ("Table 2: inversion tasks", [
         ("tvg-only", "TVG only", "78.7 / 64.1 / 36.9"), ("vd", "VD", "79.1 / 64.3 / 39.4"),
         ("ar", "AR", "78.2 / 65.2 / 43.8"), ("vc", "VC", "78.8 / 68.0 / 42.0"),
@@ -35,12 +36,17 @@ SECTIONS = (
         ("grpo", "trained without it", "mIoU 57.9"), ("invert-sft-grpo", "trained after it", "mIoU 57.9")]),
     ("Figure 4: other videos, other format", [
         ("tvg-only-transfer", "TVG only", "bars"), ("grpo-transfer", "with inversion", "bars, higher")]),
-)
+), "few": (
+    START,
+    ("sixty annotations", [
+        ("few-tvg-only", "TVG only", ""), ("few-tvg-only-280", "TVG only, 280 iterations", ""),
+        ("few", "with inversion", "")]),
+)}
 
 
-def collect(seeds):
-    """Metrics of every finished run -> rows {seed, run, metric: percent}."""
-    rows, known = [], {run for _, lines in SECTIONS for run, _, _ in lines}
+def collect(sweep, seeds):
+    """Metrics of a sweep's finished runs -> rows {seed, run, metric: percent}."""
+    rows, known = [], {run for _, lines in SWEEPS[sweep] for run, _, _ in lines}
     for seed in seeds:
         for path in sorted(Path(f"runs/demo-{seed}").glob("*/metrics.json")):
             metrics, run = json.loads(path.read_text()), path.parent.name.removesuffix("-test")
@@ -49,42 +55,53 @@ def collect(seeds):
     return rows
 
 
-def spread(values):
-    return "" if not values else f"{statistics.mean(values):.1f}" + (
+def spread(values, sign=""):
+    return "" if not values else f"{statistics.mean(values):{sign}.1f}" + (
         f" ({statistics.stdev(values):.1f})" if len(values) > 1 else "")
 
 
-def table(rows):
+def gains(rows, run, metric="R1@0.7"):
+    """What `run` has over grounding alone, seed by seed: seeds differ more than runs do, so only pairs compare."""
+    base = "tvg-only-transfer" if run.endswith("-transfer") else "few-tvg-only" if run.startswith("few") else "tvg-only"
+    value = {(row["run"], row["seed"]): float(row[metric]) for row in rows}
+    return [value[name, seed] - value[base, seed] for name, seed in value if name == run != base and (base, seed) in value]
+
+
+def table(sweep, rows):
     seeds = sorted({row["seed"] for row in rows})
     lines = [f"Mean (standard deviation) over seeds {', '.join(map(str, seeds))}; percent.", ""]
-    for section, runs in SECTIONS:
-        lines += [f"| {section} | " + " | ".join(METRICS) + " | the paper's |", "|---" * (len(METRICS) + 2) + "|"]
+    for section, runs in SWEEPS[sweep]:
+        lines += [f"| {section} | " + " | ".join(METRICS) + " | R1@0.7 over TVG only | the paper's |",
+                  "|---" * (len(METRICS) + 3) + "|"]
         for run, label, paper in runs:
             found = [row for row in rows if row["run"] == run]
             cells = [spread([float(row[m]) for row in found]) for m in METRICS]
+            cells.append(spread(gains(rows, run), "+"))
             lines.append(f"| {label} | " + " | ".join(cells) + f" | {paper} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def main(arguments):
-    if arguments[:1] == ["--from"] and len(arguments) == 2:
-        with open(arguments[1], newline="") as file:
-            print(table(list(csv.DictReader(file))))
-        return
-    rows = collect(arguments)
-    if not rows:
-        sys.exit(f"ablations.py: no finished run of seeds {arguments} in runs/; `bash train.sh ablations` makes them.")
-    with open("runs/ablations.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ("seed", "run", *METRICS))
-        writer.writeheader()
-        writer.writerows(rows)
-    Path("runs/ablations.md").write_text(table(rows))
-    print(table(rows))
+def main(path, seeds):
+    if path.stem not in SWEEPS:
+        sys.exit(f"ablations.py: {path}: is no ablations.csv and no few.csv.")
+    if seeds:
+        rows = collect(path.stem, seeds)
+        if not rows:
+            sys.exit(f"ablations.py: no finished run of seeds {', '.join(seeds)} in runs/; "
+                     f"`bash train.sh {path.stem}` makes them.")
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, ("seed", "run", *METRICS))
+            writer.writeheader()
+            writer.writerows(rows)
+    with open(path, newline="") as file:
+        print(table(path.stem, list(csv.DictReader(file))))
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        main(Path(sys.argv[1]), sys.argv[2:])
     except OSError as error:
         sys.exit(f"ablations.py: {error}")
+    except IndexError:
+        sys.exit(__doc__)

@@ -212,6 +212,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--videos", type=int, nargs=3, default=(1200, 150, 150), metavar=("TRAIN", "VAL", "TEST"))
     args = parser.parse_args()
+    if not 0 <= args.seed < 2**32 or min(args.videos) < 1:
+        parser.error("--seed lies between 0 and 4294967295, and there is at least one video of each kind.")
     splits = dict(zip(("train", "val", "test", "transfer"), (*args.videos, args.videos[2])))
     videos = args.folder / "videos"
     videos.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -172,6 +174,20 @@ def test_unreadable_video_scores_zero_and_is_listed(settings, capsys):
     metrics = json.loads((data.Path(settings.output) / "metrics.json").read_text())
     assert metrics["rows"]["tvg"] == 3 and len(metrics["unreadable"]) == 1 and "BBB.mp4" in metrics["unreadable"][0]
     assert "BBB.mp4" in capsys.readouterr().out
+    shutil.copy(data.Path(settings.videos) / "AAA.mp4", data.Path(settings.videos) / "BBB.mp4")  # mended
+    runtime.run(evaluate.main, settings)
+    assert not any(p["error"] for p in evaluate.read_predictions(settings.output))
+    assert json.loads((data.Path(settings.output) / "metrics.json").read_text())["unreadable"] == []
+
+
+def test_predictions_of_a_model_trained_anew_are_not_mixed_in(settings, tmp_path, capsys):
+    settings = dataclasses.replace(settings, model=str(shutil.copytree(settings.model, tmp_path / "model")))
+    runtime.run(evaluate.main, settings)
+    (weights,) = (tmp_path / "model").glob("*.safetensors")
+    os.utime(weights, (0, 0))
+    with pytest.raises(SystemExit):
+        runtime.run(evaluate.main, settings)
+    assert "another --model" in capsys.readouterr().err
 
 
 def test_missing_videos_are_an_error_unless_allowed(settings, capsys):
@@ -189,6 +205,9 @@ def test_against_prints_both_and_the_interval(settings, capsys):
     runtime.run(evaluate.main, dataclasses.replace(settings, against=other.output))
     table = capsys.readouterr().out.split("difference")[1]
     assert "mIoU" in table and "VC" in table and "+0.0" in table
+    with pytest.raises(SystemExit):
+        runtime.run(evaluate.main, dataclasses.replace(settings, against=settings.output + "-nothing"))
+    assert "-nothing: holds no predictions" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_is_one_sentence(settings, capsys):

@@ -329,6 +329,16 @@ def test_an_output_that_holds_a_run_is_not_overwritten(config, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint-000001/optimizer.0.pt"])
+def test_a_damaged_run_is_named(config, capsys, name):
+    train(config, iterations=1)
+    (Path(config.output) / name).write_text("damaged}\n")
+    with pytest.raises(SystemExit):
+        train(config, iterations=2, resume=True)
+    message = capsys.readouterr().err.strip().split("\n")[-1]  # below what loading a model prints
+    assert name.split("/")[-1] in message and message.endswith(".")
+
+
 def test_ctrl_c_saves_and_resume_goes_on(config, tmp_path):
     command = [sys.executable, str(ROOT / "invert4tvg.py"), "--workers", "1", "--iterations", "100000"]
     for name in ("model", "annotations", "videos", "output", "max_new_tokens", "group_size"):
@@ -357,6 +367,7 @@ def test_ctrl_c_saves_and_resume_goes_on(config, tmp_path):
     (["--min-frame-pixels", "900000"], "--max-frame-pixels"), (["--kl-coef", "-1"], "cannot be negative"),
     (["--demonstrations", "d.jsonl", "--annotations", "a.txt"], "--annotations"),
     (["--demonstrations", "d.jsonl", "--save-rollouts"], "--save-rollouts"),
+    (["--eval-annotations", "a.txt"], "--eval-every"), (["--seed", str(2**70)], "below 2^63"),
     (["--anchor-weight", "2"], "--tvg-reward anchors"), (["--tvg-reward", "giou"], "'giou'")])
 def test_a_wrong_option_is_one_sentence(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "demo"))
 import make_demo  # noqa: E402
 
 CLIPS = ["--min-frame-pixels", "784", "--max-frame-pixels", "784", "--max-new-tokens", "24", "--workers", "0"]
-ABLATIONS = re.search(r"^ABLATIONS='(.*?)'", (ROOT / "train.sh").read_text(), re.DOTALL | re.MULTILINE)[1].splitlines()
+RUNS = re.findall(r"^(?:ABLATIONS|FEW)='(.*?)'", (ROOT / "train.sh").read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +113,10 @@ def test_tvg_r1(demo):
         assert row["tvg/total"] == pytest.approx(0.1 * row["tvg/format"] + 0.9 * row["tvg/iou"])
 
 
-@pytest.mark.parametrize("name, options", [line.split(maxsplit=1) for line in ABLATIONS])
+@pytest.mark.parametrize("name, options", [line.split(maxsplit=1) for line in "\n".join(RUNS).splitlines()])
 def test_ablations(demo, name, options):
-    log = train(demo, f"ablation-{name}", "--model", demo / "warm", "--annotations", demo / "train.txt", "--iterations", 2,
-                "--seed", 3, *options.split())
+    log = train(demo, f"ablation-{name}", "--model", demo / "warm", "--annotations", demo / "train.txt", "--seed", 3,
+                *options.split(), "--iterations", 2)
     assert [row["iteration"] for row in log] == [0, 1]
     assert all(("kl" in row) == ("--kl-coef" not in options) for row in log)
 

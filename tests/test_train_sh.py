@@ -14,7 +14,7 @@ echo "start $*" >> "$CALLS"
 output=; last=
 for word in "$@"; do if [ "$last" = --output ]; then output=$word; fi; last=$word; done
 case "$*" in
-    *demo/make_demo.py*) mkdir -p "$2/model" ;;
+    *demo/make_demo.py*) mkdir -p "$2/model"; seq 200 > "$2/train.txt" ;;
     *"demo/table.py"*iterations*) echo 10 ;;
     *invert4tvg.py* | *evaluate.py*) sleep 0.1; mkdir -p "$output" ;;
     *stages.py*) mkdir -p "$(dirname "$output")"; touch "$output" ;;
@@ -60,6 +60,20 @@ def test_a_finished_demo_is_not_run_again_and_not_mixed_with_other_options(run):
     assert status == 1 and "made with other options" in message and trained(calls) == []
 
 
+def test_what_is_trained_anew_is_measured_anew(run, tmp_path):
+    run("demo", "3")
+    folder = tmp_path / "runs" / "demo-3"
+    shutil.rmtree(folder / "grpo")
+    (folder / "grpo-test" / "old").touch()
+    status, _, calls = run("demo", "3")
+    assert status == 0 and trained(calls) == ["grpo"]
+    assert [call for call in calls if "start" in call and "--output runs/demo-3/grpo-test" in call]
+    assert not (folder / "grpo-test" / "old").exists()
+    shutil.rmtree(folder / "grpo")  # nothing was made, so nothing is in the way of other options
+    status, message, calls = run("demo", "3", "--lr", "9")
+    assert "tvg-only was made with other options" in message
+
+
 def test_a_seed_that_never_learns_to_see_is_refused(run):
     status, message, calls = run("demo", "1", FAIL=" sees ")
     assert status == 1 and "still guesses actions" in message and "another seed" in message
@@ -81,6 +95,15 @@ def test_an_evaluation_that_failed_is_repeated(run):
     assert status == 0 and "ar" not in trained(calls) and any("runs/demo-0/ar-test" in call for call in calls)
 
 
+def test_few_trains_on_sixty_rows(run, tmp_path):
+    status, message, calls = run("few", "4")
+    assert status == 0, message
+    assert sorted(trained(calls)[2:]) == ["few", "few-tvg-only", "few-tvg-only-280"]
+    assert (tmp_path / "runs/demo-4/few.txt").read_text().split() == [str(row) for row in range(61, 121)]
+    assert any("--annotations runs/demo-4/few.txt --train-vision --kl-coef 0 --p 0.8" in call for call in calls)
+    assert any("demo/ablations.py runs/few.csv 4" in call for call in calls)
+
+
 @pytest.mark.parametrize("system, stages", [
     ("tar-tvg", ["tar-plain", "tar-none", "tar-1", "tar-2", "tar-3"]), ("tvg-r1", ["r1-cold", "r1-only", "r1-both"]),
     ("time-r1", [f"time-r1-{epoch}" for epoch in range(1, 6)])])
@@ -97,7 +120,8 @@ def test_on_gpus_one_job_runs_after_the_other(run, tmp_path, system, stages):
 
 
 @pytest.mark.parametrize("arguments, environment, words", [
-    (["tar-tvg", "--lr"], {}, "--lr is no seed"), (["tar-tvg", "0", "--lr", "1"], {}, "take no options"),
+    (["tar-tvg", "--lr"], {}, "--lr is no seed"), (["ablations", "0", "x"], {}, "x is no seed"),
+    (["few", "12345678901"], {}, "12345678901 is no seed"), (["tar-tvg", "0", "--lr", "1"], {}, "take no options"),
     (["tvg-r1", "charades-3b"], {}, "COLD_START"), (["charades-3b"], {"GPUS": "3"}, "GPUS=3"),
     (["x"], {}, "bash train.sh demo")])
 def test_a_mistake_is_said_before_anything_runs(run, arguments, environment, words):
