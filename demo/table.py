@@ -53,7 +53,7 @@ def main(folder):
     found = {}
     for run, label in ROWS.items():
         found[run] = json.loads((folder / f"{run}-test" / "metrics.json").read_text())
-        parts = [run, *(p.name for p in folder.glob("warm-1.*") if run == "warm")]
+        parts = [run, *(p.name for p in folder.glob("warm-1.?") if run == "warm")]
         spent = sum(sum(logged(folder, part, "seconds")) for part in parts)
         print(f"| {label} | {spent / 60:.1f} | " + " | ".join(f"{found[run][c]:.1f}" for c in COLUMNS) + " |")
     actions = statistics.mean(found["grpo"][c] - found["tvg-only"][c] for c in ("VC", "AR", "VD"))
