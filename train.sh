@@ -151,7 +151,7 @@ ablation() {  # NAME OPTIONS...: train and evaluate one
     shift
     case $name in few*)
         sed -n 61,120p "$rows" > "$out/$name.txt"
-        set -- --annotations "$out/$name.txt" --train-vision --kl-coef 0 "$@" ;;
+        set -- --annotations "$out/$name.txt" "$@" ;;
     esac
     if [ "$name" = invert-sft-grpo ]; then  # Figure 6
         base=$out/invert-sft
@@ -186,9 +186,9 @@ grpo-no-kl --p 0.8 --kl-coef 0
 invert-sft-grpo --p 0.8'
 
 # So few annotations that grounding alone learns them by heart; the last, with as many grounding iterations as the first.
-FEW='few --p 0.8
-few-tvg-only --p 1
-few-tvg-only-280 --p 1 --iterations 280'
+FEW='few --train-vision --kl-coef 0 --p 0.8
+few-tvg-only --train-vision --kl-coef 0 --p 1
+few-tvg-only-280 --train-vision --kl-coef 0 --p 1 --iterations 280'
 
 # ---------------------------------------------------------------------------------------------- Charades-STA
 
