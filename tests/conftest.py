@@ -1,12 +1,22 @@
-"""What the tests share: the repository on the path, a tiny random Qwen2.5-VL with a byte tokenizer, small videos."""
+"""What the tests share: a tiny random Qwen2.5-VL with a byte tokenizer, small videos, and the programs themselves.
 
+The tests reach the training loop and the evaluation only through the functions under "the programs": they start a run,
+read what it wrote, put scripted texts in the sampler's place and listen to what reaches the loss.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import json
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact comparisons: float32 on the CPU, wherever the tests run
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is so small that threads only wait for each other
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -14,10 +24,16 @@ import av  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
 
+import data  # noqa: E402
+import evaluate  # noqa: E402
 import grpo  # noqa: E402
+import invert4tvg  # noqa: E402
+import runtime  # noqa: E402
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
             "<|image_pad|>", "<|video_pad|>"]
@@ -91,3 +107,156 @@ def write_video(path, times, size=(56, 56), time_base=1000, gop=12):
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+# ------------------------------------------------------------------------------------------------ the programs
+
+QUERIES = ("person opens the door", "a person is sitting down", "a red lamp", "the man runs and laughs")
+
+
+def make_config(folder, model):
+    """Four rows on two mp4 files, one without a verb; GRPO with two prompts an iteration, groups of three."""
+    (folder / "videos").mkdir()
+    for name in ("AAA", "BBB"):
+        write_video(folder / "videos" / f"{name}.mp4", [i / 5 for i in range(25)], size=(28, 56))
+    rows = [f"{'AB'[i % 2] * 3} {i / 2} {i / 2 + 2}##{query}.\n" for i, query in enumerate(QUERIES)]
+    (folder / "train.txt").write_text("".join(rows))
+    return invert4tvg.Config(
+        model=str(model), annotations=str(folder / "train.txt"), videos=str(folder / "videos"),
+        output=str(folder / "run"), workers=0, max_new_tokens=6, group_size=3, micro_batch=1, accumulation=2,
+        iterations=4, lr=1e-3, p=0.5)
+
+
+def write_lines(path, rows):
+    """A jsonl file of `rows` -> its path, a string."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def train(config, **changes):
+    """Run Algorithm 1 -> the output folder."""
+    config = dataclasses.replace(config, **changes)
+    runtime.run(invert4tvg.train, config)
+    return config.output
+
+
+def measure(settings, **changes):
+    """Run evaluate.py -> its metrics."""
+    settings = dataclasses.replace(settings, **changes)
+    runtime.run(evaluate.main, settings)
+    return json.loads((Path(settings.output) / "metrics.json").read_text())
+
+
+def demonstrated(config):
+    """What the supervised stage of `config` learns from -> a list of (query, completion, task)."""
+    found = []
+    runtime.run(lambda config, device: found.extend(zip(*invert4tvg.load_data(config))), config)
+    return [(sample.query, completion, task) for sample, completion, task in found]
+
+
+def parse(cls, *argv):
+    """Settings from a command line."""
+    return runtime.parse_settings(cls, "", [str(word) for word in argv])
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines() if line]
+
+
+def log_of(output):
+    """One dictionary an iteration."""
+    return lines_of(Path(output) / "metrics.jsonl")
+
+
+def rollouts_of(output, rank=0):
+    """One dictionary a completion, in the order of sampling."""
+    return lines_of(Path(output) / f"rollouts.{rank}.jsonl")
+
+
+def weights_of(output):
+    return load_file(runtime.newest_checkpoint(output) / "model.safetensors")
+
+
+class Call(NamedTuple):
+    """What the sampler was asked for."""
+
+    prompts: list
+    group_size: int
+    max_new_tokens: int
+    temperature: float
+
+    def questions(self):
+        """The prompts as text, without the pads of the video."""
+        tokenizer = byte_tokenizer()
+        return [tokenizer.decode(prompt.ids).replace("<|video_pad|>", "") for prompt in self.prompts]
+
+
+@contextlib.contextmanager
+def scripted(*texts):
+    """Put `texts` in the place of the sampler's -> the list of its calls.
+
+    Completion n of a call, counted over all ranks, is text n; after the last text the first comes again. A text that is
+    longer than the limit is cut off, as a sampled one is.
+    """
+    calls, tokenizer = [], byte_tokenizer()
+
+    def write(model, prompts, G, max_new_tokens, eos, banned, temperature=1.0, generator=None, features=None):
+        calls.append(Call(prompts, G, max_new_tokens, temperature))
+        first = dist.get_rank() * len(prompts) * G
+        written = [texts[(first + n) % len(texts)] for n in range(len(prompts) * G)]
+        rows = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in written]
+        ended = torch.tensor([len(row) <= max_new_tokens for row in rows])
+        rows = [torch.tensor(row[:max_new_tokens]) for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
+        with torch.no_grad():
+            logps, _ = grpo.group_logps(model, prompts, ids, mask, banned, temperature or 1.0)
+        return grpo.Rollout(ids, logps, mask, ended)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "sample_group", write)
+        yield calls
+
+
+@contextlib.contextmanager
+def losses(change=lambda loss: loss):
+    """Listen to the loss -> a list that gets the arguments of each call by name; `change` alters what it returns."""
+    calls, plain = [], grpo.grpo_loss
+
+    def listening(*args, **kwargs):
+        bound = inspect.signature(plain).bind(*args, **kwargs)
+        bound.apply_defaults()
+        calls.append(bound.arguments)
+        loss, metrics = plain(*args, **kwargs)
+        return change(loss), metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "grpo_loss", listening)
+        yield calls
+
+
+def reply(answer):
+    """A well-formed completion."""
+    return f"<think>a</think><answer>{answer}</answer>"
+
+
+@pytest.fixture()
+def config(tmp_path, checkpoint):
+    return make_config(tmp_path, checkpoint)
+
+
+@pytest.fixture(scope="session")
+def babbler(tmp_path_factory, checkpoint):
+    """The tiny model after a short supervised stage: its answers are sometimes well-formed, so that rewards differ."""
+    folder = tmp_path_factory.mktemp("babbler")
+    config = make_config(folder, checkpoint)
+    line = {"video": "AAA", "query": "person runs", "start": 0, "end": 2, "completion": reply("1 to 2")}
+    demonstrations = write_lines(folder / "demos.jsonl", [line | {"task": task} for task in data.PROMPTS])
+    train(config, demonstrations=demonstrations, micro_batch=4, accumulation=1, iterations=60, lr=1e-2)
+    return runtime.newest_checkpoint(config.output)
+
+
+@pytest.fixture()
+def lively(config, babbler):
+    """A run whose policy moves."""
+    return dataclasses.replace(config, model=str(babbler), max_new_tokens=40)

@@ -24,58 +24,8 @@ import grpo
 import invert4tvg
 import runtime
 import video
-from conftest import ROOT, byte_tokenizer, tiny_model, write_video
+from conftest import QUERIES, ROOT, byte_tokenizer, log_of, tiny_model, train, weights_of
 from test_grpo import make_prompt, token_ids
-
-QUERIES = ("person opens the door", "a person is sitting down", "a red lamp", "the man runs and laughs")
-
-
-def make_config(folder, model):
-    """Four rows on two mp4 files, one without a verb; GRPO with two prompts an iteration, groups of three."""
-    (folder / "videos").mkdir()
-    for name in ("AAA", "BBB"):
-        write_video(folder / "videos" / f"{name}.mp4", [i / 5 for i in range(25)], size=(28, 56))
-    rows = [f"{'AB'[i % 2] * 3} {i / 2} {i / 2 + 2}##{query}.\n" for i, query in enumerate(QUERIES)]
-    (folder / "train.txt").write_text("".join(rows))
-    return invert4tvg.Config(
-        model=str(model), annotations=str(folder / "train.txt"), videos=str(folder / "videos"),
-        output=str(folder / "run"), workers=0, max_new_tokens=6, group_size=3, micro_batch=1, accumulation=2,
-        iterations=4, lr=1e-3, p=0.5)
-
-
-@pytest.fixture()
-def config(tmp_path, checkpoint):
-    return make_config(tmp_path, checkpoint)
-
-
-@pytest.fixture(scope="session")
-def babbler(tmp_path_factory, checkpoint):
-    """The tiny model after a short supervised stage: its answers are sometimes well-formed, so that rewards differ."""
-    folder = tmp_path_factory.mktemp("babbler")
-    config = make_config(folder, checkpoint)
-    line = {"video": "AAA", "query": "person runs", "start": 0, "end": 2, "completion": "<think>a</think><answer>1 to 2</answer>"}
-    (folder / "demos.jsonl").write_text("".join(json.dumps(line | {"task": task}) + "\n" for task in data.PROMPTS))
-    train(config, demonstrations=str(folder / "demos.jsonl"), micro_batch=4, accumulation=1, iterations=60, lr=1e-2)
-    return runtime.newest_checkpoint(config.output)
-
-
-@pytest.fixture()
-def lively(config, babbler):
-    """A run whose policy moves."""
-    return dataclasses.replace(config, model=str(babbler), max_new_tokens=40)
-
-
-def train(config, **changes):
-    runtime.run(invert4tvg.train, dataclasses.replace(config, **changes))
-
-
-def log_of(output):
-    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights_of(output):
-    return load_file(runtime.newest_checkpoint(output) / "model.safetensors")
-
 
 # ------------------------------------------------------------------------------------------------ optimiser
 

@@ -1,0 +1,136 @@
+"""Training and evaluation in two processes, through the program's own loop: they do together what one does alone.
+
+Starting a process costs seconds, so two of them are started once and run a list of jobs. Scripted texts stand in the
+sampler's place where the runs must agree; completions have different lengths, so that the ranks' shares differ.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (lines_of, log_of, make_config, measure, reply, rollouts_of, scripted, train, weights_of, write_lines,
+                      write_video)
+from safetensors.torch import load_file
+
+import evaluate
+
+# Two completions for each of four prompts, of 2 to 60 tokens.
+TEXTS = [reply("0 to 4"), "x", reply("1 to 3"), reply("2 to 3") + " and so on, and on",
+         reply("0 to 1"), "none", reply("10 to 14"), reply("2 to 3.5")]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def run_as(rank, jobs):
+    """Run `jobs`, (program, settings, texts to script or None, port), as rank `rank` of two."""
+    torch.set_num_threads(1)
+    for program, settings, texts, port in jobs:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        with scripted(*texts) if texts else contextlib.nullcontext():
+            program(settings)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory, checkpoint):
+    """Settings by name, after two processes have run them; of "... alone", after one process has.
+
+    Adam has a large epsilon: its step then grows with the gradient, and a wrong scale shows in the weights.
+    """
+    folder = tmp_path_factory.mktemp("jobs")
+    base = make_config(folder, checkpoint)
+    write_video(folder / "videos" / "BBB.mp4", [i / 5 for i in range(25)], size=(56, 56), gop=5)
+    (folder / "one.txt").write_text("AAA 0 2##person opens the door.\n")
+    demonstrations = [{"video": "AB"[i % 2] * 3, "query": f"query {i}", "start": 0, "end": 2, "task": "vd",
+                       "completion": "x" * n} for i, n in enumerate((1, 30, 8, 48))]
+    base = dataclasses.replace(
+        base, p=1.0, min_frame_pixels=784, max_new_tokens=70, group_size=2, accumulation=2, iterations=1, lr=1e-2,
+        adam_eps=1e-1, max_grad_norm=100.0, save_rollouts=True, keep=9, save_every=1)
+    settings = {
+        "completion": dataclasses.replace(base, iterations=0, epochs=2.0),
+        "token": dataclasses.replace(base, loss_reduction="token"),
+        "supervised": dataclasses.replace(base, loss_reduction="token",
+                                          demonstrations=write_lines(folder / "demos.jsonl", demonstrations)),
+        "sampled": dataclasses.replace(base, annotations=str(folder / "one.txt"), max_new_tokens=8),
+        "evaluated": evaluate.EvalSettings(model=str(checkpoint), annotations=base.annotations, videos=base.videos,
+                                           min_frame_pixels=784, max_new_tokens=5, workers=0, tasks=("tvg",), limit=3)}
+    alone = {f"{name} alone": dataclasses.replace(settings[name], accumulation=4)
+             for name in ("completion", "token", "supervised")} | {"evaluated alone": settings["evaluated"]}
+    settings, alone = ({name: dataclasses.replace(one, output=str(folder / name)) for name, one in each.items()}
+                       for each in (settings, alone))
+    programs = [(measure if name == "evaluated" else train, one, None if name in ("sampled", "evaluated") else TEXTS,
+                 free_port()) for name, one in settings.items()]
+    torch.multiprocessing.spawn(run_as, (programs,), nprocs=2)
+    for name, one in alone.items():
+        if name == "evaluated alone":
+            measure(one)
+        else:
+            with scripted(*TEXTS):
+                train(one)
+    return settings | alone
+
+
+def difference(a, b):
+    """The largest one between two runs' weights."""
+    a, b = weights_of(a.output), weights_of(b.output)
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize("name, iterations", [("completion", 2), ("token", 1), ("supervised", 1)])
+def test_two_processes_take_the_steps_of_one_with_twice_the_prompts(jobs, checkpoint, name, iterations):
+    together, alone = jobs[name], jobs[f"{name} alone"]
+    norms, expected = ([row["grad_norm"] for row in log_of(one.output)] for one in (together, alone))
+    assert len(norms) == iterations  # "completion": two epochs of four rows
+    assert norms == pytest.approx(expected, rel=1e-4)
+    assert difference(together, alone) < 1e-5
+    before = load_file(checkpoint / "model.safetensors")
+    assert max((weight - before[name]).abs().max() for name, weight in weights_of(together.output).items()) > 1e-3
+
+
+def test_the_log_is_the_mean_over_both_processes(jobs):
+    together, alone = (log_of(jobs[name].output) for name in ("completion", "completion alone"))
+    for row, expected in zip(together, alone, strict=True):
+        for name in ("tvg/total", "tvg/iou", "tvg/format", "tvg/total_std", "length", "loss", "kl", "zero_spread"):
+            assert row[name] == pytest.approx(expected[name], abs=1e-5), name
+
+
+def test_each_process_draws_its_own_share_of_an_iterations_rows(jobs):
+    first, second = (rollouts_of(jobs["completion"].output, rank) for rank in (0, 1))
+    alone = rollouts_of(jobs["completion alone"].output)
+    for iteration in (0, 1):
+        shares = [[line for line in lines if line["iteration"] == iteration] for lines in (first, second, alone)]
+        assert shares[0] + shares[1] == shares[2]
+        assert len({line["query"] for line in shares[2]}) == 4  # four rows, four prompts
+
+
+def test_two_processes_sample_the_same_prompt_differently(jobs):
+    texts = [line["completion"] for rank in (0, 1) for line in rollouts_of(jobs["sampled"].output, rank)]
+    assert len(set(texts)) == len(texts) == 2 * 2 * 2  # processes, prompts of each, completions of each
+
+
+def test_one_process_goes_on_with_what_two_have_saved(jobs, tmp_path):
+    shutil.copytree(Path(jobs["completion"].output) / "checkpoint-000001", tmp_path / "checkpoint-000001")
+    states = [torch.load(tmp_path / "checkpoint-000001" / f"optimizer.{rank}.pt") for rank in (0, 1)]
+    assert states[0] and states[1] and not states[0].keys() & states[1].keys()  # a share each
+    with scripted(*TEXTS):
+        train(jobs["completion alone"], output=str(tmp_path), resume=True)
+    resumed = dataclasses.replace(jobs["completion"], output=str(tmp_path))
+    assert difference(resumed, jobs["completion"]) < 1e-5
+
+
+def test_an_evaluation_in_two_processes_holds_every_row_once_and_the_same(jobs):
+    first, second = (lines_of(f"{jobs['evaluated'].output}/predictions.{rank}.jsonl") for rank in (0, 1))
+    alone = lines_of(f"{jobs['evaluated alone'].output}/predictions.0.jsonl")
+    assert [line["row"] for line in first] == [0, 2]
+    assert [line["row"] for line in second] == [1]
+    assert sorted(first + second, key=lambda line: line["row"]) == alone
+    metrics = [(Path(jobs[name].output) / "metrics.json").read_text() for name in ("evaluated", "evaluated alone")]
+    assert metrics[0] == metrics[1]
