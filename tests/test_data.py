@@ -20,6 +20,8 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
+import evaluate
+import runtime
 import video
 from data import (Demonstration, Sample, TaskSampler, TrainingClips, encode_prompt, load_annotations, load_demonstrations,
                   missing_videos, normalize_query, patchify, position_ids, prepare_training, prompt_text, read_clip)
@@ -357,6 +359,7 @@ def test_clips_are_those_of_decoding_every_frame(name, tmp_path):
 @pytest.mark.parametrize("options, segment, most", [
     (B_FRAMES | {"g": "250", "x264-params": "b-adapt=0:b-pyramid=none"}, {}, 50),  # a P, five B: P and wanted B alone
     ({"g": "10"}, {}, 72),  # the first and the sixth frame of a group are wanted, the last four not needed
+    (OPEN, {}, 80),  # about as many as of closed groups; taken for closed ones, they would all be decoded once more
     ({"g": "1"}, {}, 24), ({"g": "1"}, {"start": 5.0, "end": 8.0}, 6)])
 def test_only_what_wanted_frames_need_is_decoded(options, segment, most, tmp_path, looked_at):
     path = make_video(tmp_path / "a.mp4", [k / 10 for k in range(120)], picture=moving(120, 56), **options)
@@ -602,6 +605,13 @@ def test_prompts_show_the_query_to_tvg_and_the_blanked_query_to_vc_alone():
     assert "QUERY" not in ask("vc") + ask("ar") + ask("vd") and "[]" not in ask("tvg") + ask("ar") + ask("vd")
 
 
+@pytest.mark.parametrize("task, words", [
+    ("tvg", "To accurately pinpoint the event"), ("vc", "Add a verb for the event"),
+    ("ar", "Use a verb to describe the event"), ("vd", "Describe what people have done")])
+def test_each_question_begins_with_the_papers_words(task, words):
+    assert prompt_text(task, "q", "f").startswith(words)
+
+
 def test_inversions_may_answer_without_thinking_but_tvg_may_not():
     for task in data.PROMPTS:
         asks = prompt_text(task, "q", "f", "answer")
@@ -665,6 +675,17 @@ def test_positions_match_a_plain_loop(t, h, w, before, after, fps, tokens_per_se
     expected += [(top + k,) * 3 for k in range(after)]
     ids = [1] * before + [PAD] * (t * h * w) + [1] * after
     assert position_ids(ids, (t, 2 * h, 2 * w), fps, PAD, tokens_per_second).T.tolist() == [list(p) for p in expected]
+
+
+def test_time_is_counted_at_the_clips_true_rate_whatever_was_asked_for(model, tokenizer):
+    # One frame a second: each step of two frames is 2 s, and the model counts two positions a second.
+    clip = video.Clip(torch.zeros(4, 3, 28, 56, dtype=torch.uint8), np.arange(4.0), 1.0)
+    processor = runtime.Processor(tokenizer, {"image_mean": MEAN, "image_std": STD}, None, None)
+    settings = evaluate.EvalSettings(fps=2.0)
+    item = data.Item(0, "tvg", clip)
+    prompt = evaluate.build_prompt(model, processor, Sample("a.mp4", "q", 0.0, 1.0), item, settings)
+    time = prompt.positions[0][prompt.ids == model.config.video_token_id]
+    assert (time - time[0]).tolist() == [0, 0, 4, 4]
 
 
 def test_visual_positions_agree_with_transformers_where_it_is_right(model, tokenizer):
@@ -753,6 +774,11 @@ def test_inversions_never_draw_a_query_without_a_verb():
 def test_redraws_after_unreadable_videos_avoid_verbless_queries_too():
     draw = sampler(verbless=range(40), p=0)
     assert {draw.index(k, 0, attempt) for k in range(100) for attempt in range(8)} == set(range(40, 50))
+
+
+def test_grounding_redraws_reach_every_row_though_no_query_has_a_verb():
+    draw = sampler(n=10, verbless=range(10), p=1)
+    assert {draw.index(0, 0, attempt) for attempt in range(1, 100)} == set(range(10))
 
 
 def test_without_any_verb_only_tvg_is_possible():

@@ -11,7 +11,7 @@ import pytest
 import data
 import evaluate
 import runtime
-from conftest import write_video
+from conftest import measure, reply, scripted, write_video
 
 
 def prediction(row, task="tvg", video="a.mp4", iou=0.0, value=0.0, span=(0.0, 1.0), format=1.0, verbs=1.0, **more):
@@ -73,6 +73,16 @@ def test_rows_of_one_video_are_no_independent_evidence():
     ours = [prediction(i, video=str(i % 4), iou=0.5 + 0.1 * (i % 4)) for i in range(400)]
     _, _, low, high = evaluate.paired_bootstrap(ours, theirs)["mIoU"]
     assert high - low > 15  # of the 400 rows taken alone: 4.4
+
+
+def test_a_video_with_more_rows_weighs_more():
+    # One row of the first video gains 10 points, three of the second nothing. Drawing both, the mean gain is 10 / 4;
+    # the first twice, 10; the second twice, 0. Each of these two comes in a quarter of the draws.
+    theirs = [prediction(i, video="one" if i == 0 else "three", iou=0.5) for i in range(4)]
+    ours = [prediction(0, video="one", iou=0.6), *theirs[1:]]
+    a, b, low, high = evaluate.paired_bootstrap(ours, theirs)["mIoU"]
+    assert a - b == pytest.approx(2.5)
+    assert (low, high) == (pytest.approx(0), pytest.approx(10))
 
 
 def test_different_rows_are_not_compared():
@@ -146,6 +156,23 @@ def test_samples_are_k_draws_of_each_row_the_same_each_time(settings):
     path.write_text("".join(json.dumps(p) + "\n" for p in kept[:4]))  # row 1 has one of three
     runtime.run(evaluate.main, settings)
     assert len(evaluate.read_predictions(settings.output)) == 9
+
+
+def test_each_completion_is_written_under_its_own_row_also_beside_an_unreadable_video(settings):
+    (data.Path(settings.annotations)).write_text("AAA 0 2##person runs.\nBBB 0 2##person sits.\nAAA 2 4##person eats.\n")
+    (data.Path(settings.videos) / "BBB.mp4").write_bytes(b"no video")
+    with scripted(*(reply(f"{n} to 4") for n in range(4))):
+        measure(settings, samples=2, tasks=("tvg",), micro_batch=3, max_new_tokens=60)
+    found = [(p["row"], p["sample"], p["span"], p["parts"]["iou"]) for p in lines(settings)]
+    assert found == [(0, 0, [0, 4], 0.5), (0, 1, [1, 4], 0.25), (1, 0, None, 0), (1, 1, None, 0),
+                     (2, 0, [2, 4], 1), (2, 1, [3, 4], 0.5)]
+
+
+def test_time_r1s_reward_is_no_metric_and_asks_an_evaluation_for_no_duration(settings):
+    with scripted(reply("0.5 to 2")):
+        metrics = measure(settings, tvg_reward="timestamp_iou", max_new_tokens=60)
+    assert metrics["mIoU"] == pytest.approx(100 * (1 + 0 + 1 / 8.5) / 3)  # 0.5 to 2, 2 to 1, which is empty, and 1 to 9
+    assert metrics["format"] == 100
 
 
 def test_finished_evaluation_loads_no_model(settings, monkeypatch):

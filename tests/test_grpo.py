@@ -100,6 +100,36 @@ def test_logps_while_sampling_equal_those_of_the_packed_pass(tokenizer, model, p
     assert (logps - rollout.logps).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_logps_at_a_temperature_are_the_librarys(tokenizer, model, prompts, banned, temperature):
+    rollout = sample(tokenizer, model, prompts, banned, temperature=temperature)
+    with torch.no_grad():
+        for n, (ids, logps, mask) in enumerate(zip(rollout.ids, rollout.logps, rollout.mask)):
+            expected = repeated_logps(model, prompts[n // 4], ids[mask], banned, temperature)
+            assert (logps[mask] - expected).abs().max() < 1e-4
+
+
+def test_a_video_pad_inside_a_completion_is_a_token_like_others(tokenizer, model, prompts):
+    pad = int(token_ids(tokenizer, "<|video_pad|>"))
+    more = torch.tensor([65, pad, 66])
+    with torch.no_grad():
+        features = grpo.visual_features(model, prompts)
+        row = grpo.embed(model, prompts, features, more)[0]
+        assert torch.equal(row[-3:], model.get_input_embeddings()(more))
+    pads = torch.cat([prompt.ids for prompt in prompts]) == pad
+    assert torch.equal(row[:-3][pads], torch.cat(features))
+
+
+def test_logits_of_a_bfloat16_model_are_divided_in_float32(tokenizer, banned):
+    model = tiny_model(tokenizer).bfloat16()
+    hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits = grpo.scaled_logits(model, hidden, 0.7, banned)
+    exact = model.lm_head(hidden).double() / 0.7
+    allowed = [i for i in range(len(tokenizer)) if i not in banned]
+    assert logits.dtype == torch.float32
+    assert (logits[:, allowed] - exact[:, allowed]).abs().max() < 1e-6
+
+
 def test_the_vision_tower_sees_the_same_windows_as_the_librarys(tokenizer, model):
     # 10 x 12 patches in windows of 8 x 8: whole ones, and narrow ones at the right and lower edges.
     prompts = [make_prompt(tokenizer, model, 140, 168, 4, "a"), make_prompt(tokenizer, model, 56, 56, 2, "b", seed=1)]
@@ -237,6 +267,14 @@ def test_a_decoding_step_is_one_graph_whatever_the_lengths(tokenizer, model, pro
     assert count.frame_count == 2  # one prompt, several prompts: more where two sizes happen to be equal
 
 
+def test_a_model_that_drops_features_while_it_trains_samples_with_all_of_them(tokenizer, model, prompts, banned):
+    plain = sample(tokenizer, model, prompts, banned, temperature=0.0)
+    norm = model.model.language_model.norm
+    model.model.language_model.norm = torch.nn.Sequential(norm, torch.nn.Dropout(0.5))
+    model.train()
+    assert torch.equal(sample(tokenizer, model, prompts, banned, temperature=0.0).ids, plain.ids)
+
+
 def test_sampling_restores_the_training_mode(tokenizer, model, prompts, banned):
     model.train()
     sample(tokenizer, model, prompts, banned)
@@ -314,6 +352,17 @@ def test_clipped_loss_by_hand():
     loss.backward()
     assert logps.grad.flatten().tolist() == pytest.approx([0, 0, 1.5 / 3])  # clipped tokens pull no more
     assert metrics["clip_high"] == pytest.approx(1 / 3) and metrics["clip_low"] == pytest.approx(1 / 3)
+
+
+def test_only_tokens_whose_gradient_the_clip_takes_are_counted():
+    # Below the range a positive advantage still pulls up, and above it a negative one still pushes down.
+    logps = torch.log(torch.tensor([[0.5, 0.5], [0.5, 1.5], [1.5, 1.5]])).requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, -1.0])
+    loss, metrics = grpo.grpo_loss(logps, torch.zeros(3, 2), None, advantages, torch.ones(3, 2, dtype=torch.bool))
+    loss.backward()
+    assert (logps.grad == 0).tolist() == [[False, False], [True, False], [False, False]]
+    assert metrics["clip_low"] == pytest.approx(1 / 6)
+    assert metrics["clip_high"] == 0
 
 
 def test_kl_by_hand():

@@ -237,12 +237,12 @@ def four_demonstrations(quick, tmp_path):
 
 
 @pytest.mark.parametrize("reduction", ["completion", "token"])
-def test_a_gradient_does_not_depend_on_how_the_completions_are_cut_into_micro_batches(
+def test_a_gradient_does_not_depend_on_the_cut_into_micro_batches_nor_on_recomputing(
         four_demonstrations, reduction, tmp_path):
     norms = []
     for micro_batch, accumulation, recompute in ((4, 1, True), (2, 2, False), (1, 4, True)):
-        output = train(four_demonstrations, micro_batch=micro_batch, accumulation=accumulation, loss_reduction=reduction,
-                       gradient_checkpointing=recompute, output=str(tmp_path / f"{micro_batch}"))
+        output = train(four_demonstrations, micro_batch=micro_batch, accumulation=accumulation, output=str(
+            tmp_path / f"{micro_batch}"), loss_reduction=reduction, gradient_checkpointing=recompute)
         norms.append(log_of(output)[0]["grad_norm"])
     assert norms[0] > 0.1
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
@@ -260,8 +260,8 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_forgotten(quick):
 
 
 def test_a_trained_tower_moves_in_the_supervised_stage_too(four_demonstrations):
-    train(four_demonstrations, train_vision=True, lr=1e-3)
-    before, after = load_file(Path(four_demonstrations.model) / "model.safetensors"), weights_of(four_demonstrations.output)
+    output = train(four_demonstrations, train_vision=True, lr=1e-3)
+    before, after = load_file(Path(four_demonstrations.model) / "model.safetensors"), weights_of(output)
     assert not [name for name in before if torch.equal(before[name], after[name])]
 
 
@@ -291,8 +291,8 @@ def test_a_demonstration_keeps_its_text_and_task_where_another_ones_video_is_mis
 def test_an_evaluation_of_an_earlier_run_is_not_taken_for_this_ones(quick):
     folder = Path(quick.output) / "eval-000000"
     folder.mkdir(parents=True)
-    old = {"row": 0, "task": "tvg", "sample": 0, "video": "AAA.mp4", "query": "person opens the door", "completion": "old",
-           "span": None, "parts": {"format": 0.0, "iou": 0.0, "total": 0.0}, "error": None}
+    old = {"row": 0, "task": "tvg", "sample": 0, "video": "AAA.mp4", "query": "person opens the door",
+           "completion": "old", "span": None, "parts": {"format": 0.0, "iou": 0.0, "total": 0.0}, "error": None}
     write_lines(folder / "predictions.0.jsonl", [old])
     with scripted(reply("0 to 1")):
         train(quick, eval_every=1, eval_annotations=quick.annotations)

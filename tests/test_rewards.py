@@ -391,6 +391,11 @@ def test_other_answers_are_not_recognised(answer):
     assert ar_reward(answer, WALK) == 0
 
 
+def test_two_words_are_no_answer_even_where_similar_ones_count():
+    assert ar_reward("strolls", WALK, "cosine") > 0
+    assert ar_reward("walk away", WALK, "cosine") == 0
+
+
 @pytest.mark.parametrize("verb", ["open", "sneeze", "ride", "dress", "pass", "scrape", "hope", "stare"])
 def test_a_lone_verb_needs_no_context(verb):
     assert ar_reward(verb, f"a person {verb}s it" if verb[-1] != "s" else f"a person {verb}es it") == 1
@@ -410,6 +415,11 @@ def test_all_or_any_of_several_verbs():
     assert vd_reward("A person laughs", WALK, match="any") == 1
     assert vd_reward("A person jumps", WALK, match="any") == 0
     assert vd_reward("He laughs and then he walks", WALK) == 1
+
+
+def test_a_description_must_name_every_verb_unless_told_otherwise():
+    assert score("vd", thought("A person laughs"), sample(WALK))["vd"] == 0
+    assert score("vd", thought("A person laughs"), sample(WALK), vd_match="any")["vd"] == 1
 
 
 def test_a_cap_counts_distinct_verbs():

@@ -35,6 +35,12 @@ def test_every_rule_of_the_selection_drops_its_own():
     assert [count for _, count in counts] == [10, 7, 6, 4, 3, 2]
 
 
+def test_an_iou_at_the_threshold_is_enough():
+    rows = [rollout(["2 to 3", "2 to 4"], "2 to 4"), rollout(["2 to 3", "2 to 3.9"], "2 to 3.9")]  # 1/2, less
+    kept, _ = stages.select_anchors(rows, min_iou=0.5)
+    assert [row["completion"] for row in kept] == [rows[0]["completion"]]
+
+
 def test_invert_sft_pairs_a_clip_with_its_query():
     samples = [data.Sample("v/AAA.mp4", "person runs", 1, 3), data.Sample("v/BBB.mp4", "person sits", 3, 3)]
     assert stages.invert_sft(samples) == [{"video": "AAA.mp4", "query": "person runs", "start": 1, "end": 3, "task": "vd",

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (lines_of, log_of, make_config, measure, reply, rollouts_of, scripted, train, weights_of, write_lines,
-                      write_video)
+from conftest import (lines_of, log_of, make_config, measure, reply, rollouts_of, scripted, train, weights_of,
+                      write_lines, write_video)
 from safetensors.torch import load_file
 
 import evaluate
