@@ -159,7 +159,8 @@ def test_samples_are_k_draws_of_each_row_the_same_each_time(settings):
 
 
 def test_each_completion_is_written_under_its_own_row_also_beside_an_unreadable_video(settings):
-    (data.Path(settings.annotations)).write_text("AAA 0 2##person runs.\nBBB 0 2##person sits.\nAAA 2 4##person eats.\n")
+    rows = "AAA 0 2##person runs.\nBBB 0 2##person sits.\nAAA 2 4##person eats.\n"
+    data.Path(settings.annotations).write_text(rows)
     (data.Path(settings.videos) / "BBB.mp4").write_bytes(b"no video")
     with scripted(*(reply(f"{n} to 4") for n in range(4))):
         measure(settings, samples=2, tasks=("tvg",), micro_batch=3, max_new_tokens=60)
