@@ -129,13 +129,6 @@ class Decoding(NamedTuple):
         self.place.fill_(step)
         self.unseen[..., self.prompts[0][0].shape[2] + step] = False
 
-    def select(self, rows, prompts, room):
-        """Keep completions `rows`, as many of each of `prompts`, with buffers for `room` tokens."""
-        more = room - self.own[0][0].shape[2]
-        own = [tuple(nn.functional.pad(x[rows], (0, 0, 0, more)) for x in pair) for pair in self.own]
-        return Decoding([(k[prompts], v[prompts]) for k, v in self.prompts], own, self.place,
-                        nn.functional.pad(self.unseen[rows], (0, more), value=True))
-
 
 def _scores(query, key):
     """query @ key^T in float32, as sdpa computes it: in bfloat16 a score of 100 would be off by a quarter."""
@@ -275,13 +268,13 @@ def sample_group(model, prompts, G, max_new_tokens, eos, banned, temperature=1.0
     """Sample G completions of each of B prompts together (the o_1 ... o_G of Eq. 3) -> Rollout.
 
     Tower and prefill run once per prompt. `temperature` 0 decodes greedily, and its log-probabilities are those of
-    temperature 1. `eos` and `banned` are 1-D id tensors. Whenever the completions' buffers are full, they are doubled
-    and ended completions leave the batch.
+    temperature 1. `eos` and `banned` are 1-D id tensors. The buffers have their full length from the start, and ended
+    completions stay in the batch, so that every step has the same shapes: a GPU records one graph.
     """
     was_training = model.training
     model.eval()  # a layer that gradient checkpointing runs may run again, and would keep its keys twice
     B, device, V = len(prompts), prompts[0].ids.device, model.config.text_config.vocab_size
-    N, room = B * G, 64 if device.type == "cuda" else 16  # every doubling records a CUDA graph
+    N, room = B * G, max_new_tokens
     layout, positions, ends = pack(prompts)
     features = features or visual_features(model, prompts)
     hidden = decode(model, embed(model, prompts, features, ends[:0]), positions, layout)[0, ends]
@@ -291,12 +284,10 @@ def sample_group(model, prompts, G, max_new_tokens, eos, banned, temperature=1.0
     unseen = torch.arange(P + room, device=device) >= lengths.repeat_interleave(G).unsqueeze(1)
     own = [tuple(x.new_zeros(N, x.shape[1], room, x.shape[3]) for x in pair) for pair in layout.kept]
     cache = Decoding(layout.kept, own, torch.zeros_like(ends[0]), unseen.view(N, 1, 1, -1))
-    del layout, own  # else the first keys stay when their completions have left
     ids = torch.zeros(N, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(N, max_new_tokens, device=device)
     mask = torch.zeros(N, max_new_tokens, dtype=torch.bool, device=device)
     ended = torch.zeros(N, dtype=torch.bool, device=device)
-    rows = torch.arange(N, device=device)  # which completions are still in the batch
 
     def noise(n):
         q = torch.ones(n, V, device=device)
@@ -305,19 +296,13 @@ def sample_group(model, prompts, G, max_new_tokens, eos, banned, temperature=1.0
     scale, forward = temperature or 1.0, None
     token, logp = choose(model, hidden, noise(N), scale, banned)
     for step in range(max_new_tokens):
-        live = ~ended[rows]
-        ids[rows, step], logps[rows, step], mask[rows, step] = token * live, logp * live, live
-        ended[rows] |= torch.isin(token, eos)
+        live = ~ended
+        ids[:, step], logps[:, step], mask[:, step] = token * live, logp * live, live
+        ended |= torch.isin(token, eos)
         if step + 1 == max_new_tokens or ended.all():
             break
-        if step == room:
-            live = ~ended[rows].view(len(cache.prompts[0][0]), -1)  # (prompts in the batch, completions of each)
-            room, prompts_left = min(2 * room, max_new_tokens), live.any(1).nonzero().squeeze(1)
-            order = live.int().argsort(dim=1, descending=True, stable=True)[:, :int(live.sum(1).max())]
-            left = (order + live.shape[1] * torch.arange(len(live), device=device).unsqueeze(1))[prompts_left].flatten()
-            cache, rows, token, forward = cache.select(left, prompts_left, room), rows[left], token[left], None
         cache.at(step)
-        inputs = token, last[:, rows] + 1 + step, noise(len(rows))
+        inputs = token, last + 1 + step, noise(N)
         if forward is None:
             forward = functools.partial(advance, model, cache, scale, banned)
             if device.type == "cuda":  # some 2,000 small kernels a token otherwise, each launched by Python
