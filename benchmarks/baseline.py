@@ -6,7 +6,7 @@ Shapes as in grpo.py: G completions of C tokens each, a prompt of P tokens.
 import torch
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-import runtime
+from engine.checkpoints import load_model
 
 PIXELS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 
@@ -16,12 +16,10 @@ class Repeated:
 
     def __init__(self, folder, cell, device):
         self.cell = cell
-        _, self.processor = runtime.load_model(folder, device)
-        self.model, self.reference = (Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, attn_implementation="sdpa")
-            .to(device) for _ in range(2))
-        self.reference.requires_grad_(False)
-        # generate() fills what a request leaves open from here; with no end named, completions are all C long.
+        _, self.processor = load_model(folder, device)
+        self.model = load_unchanged(folder, device)
+        self.reference = load_unchanged(folder, device).requires_grad_(False)
+        # generate() fills what a request leaves open from here. No end is named, so completions are all C long.
         self.model.generation_config = GenerationConfig(
             do_sample=True, top_k=0, max_new_tokens=cell.completion, pad_token_id=0, disable_compile=True,
             suppress_tokens=self.processor.banned.tolist())
@@ -29,9 +27,12 @@ class Repeated:
     def rows(self, prompt):
         """The model's inputs for G rows of the prompt, their positions ours."""
         G = self.cell.group
-        return {"input_ids": prompt.ids.expand(G, -1), "position_ids": prompt.positions.unsqueeze(1).expand(-1, G, -1),
-                "pixel_values_videos": prompt.patches.to(self.model.dtype).repeat(G, 1),
-                "video_grid_thw": prompt.grid.repeat(G, 1)}
+        return {
+            "input_ids": prompt.ids.expand(G, -1),
+            "position_ids": prompt.positions.unsqueeze(1).expand(-1, G, -1),
+            "pixel_values_videos": prompt.patches.to(self.model.dtype).repeat(G, 1),
+            "video_grid_thw": prompt.grid.repeat(G, 1),
+        }
 
     def sample(self, prompt):
         """-> (G, C) ids; the prompt repeated in the batch, as TRL does, and one prefill of G rows."""
@@ -43,7 +44,8 @@ class Repeated:
 
     def logps(self, model, prompt, ids):
         """-> (G, C) log-probabilities of `ids`, float32"""
-        rows, C = self.rows(prompt), ids.shape[1]
+        rows = self.rows(prompt)
+        C = ids.shape[1]
         follow = rows["position_ids"][..., -1:] + 1 + torch.arange(C, device=ids.device)  # (3, G, C)
         rows["input_ids"] = torch.cat([rows["input_ids"], ids], dim=1)
         rows["position_ids"] = torch.cat([rows["position_ids"], follow], dim=2)
@@ -52,15 +54,22 @@ class Repeated:
         return logits.log_softmax(-1).gather(2, ids.unsqueeze(2)).squeeze(2)
 
 
+def load_unchanged(folder, device):
+    """-> the checkpoint's model as transformers has it, without engine/attention.py."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return model.to(device)
+
+
 def make_trl_trainer(folder, cell, frames, text, meter, turn, args):
     """-> a GRPOTrainer whose train() takes --repeats + 1 steps, each inside `turn()`, its phases measured by `meter`.
 
-    The video's grid steps become eight images of as many visual tokens; their marks take 14 tokens more, so the text
-    is 14 shorter. "sampling" is generate() and the padding around it, "reference" and "policy" are the passes alone;
-    what TRL does besides (images to patches, twice for each of the G copies; decoding text) counts in the whole step.
+    The video's grid steps become eight images of as many visual tokens. Their marks take 14 tokens more, so the text
+    is 14 shorter. "sampling" is generate() and the padding around it, "reference" and "policy" are the passes alone.
+    What TRL does besides (images to patches, twice for each of the G copies; decoding text) counts in the whole step.
     Raises ImportError where TRL is not installed.
     """
-    from trl import GRPOConfig, GRPOTrainer  # first: what is missing is named after it
+    import trl  # first: what is missing is named after it
     from datasets import Dataset
     from PIL import Image
     from transformers import AutoTokenizer, PrinterCallback, Qwen2_5_VLProcessor, TrainerCallback
@@ -82,20 +91,20 @@ def make_trl_trainer(folder, cell, frames, text, meter, turn, args):
         def on_step_end(self, args, state, control, **kwargs):
             self.turn.__exit__(None, None, None)
 
-    on_gpu = args.device == "cuda"
+    device = torch.device(args.device)
+    on_gpu = device.type == "cuda"
     images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames[::2]]
     prompt = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": text[14:]}]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     unlimited = {"shortest_edge": 28**2, "longest_edge": frames[0].numel()}  # images stay as they are
     processor = ImagesAndText(Qwen2VLImageProcessorPil(size=unlimited, **PIXELS), tokenizer, tokenizer.chat_template)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.bfloat16 if on_gpu else torch.float32, attn_implementation="sdpa")
+    model = load_unchanged(folder, device)
     model.model.visual.requires_grad_(False)
     rows = Dataset.from_list([{"prompt": prompt, "images": images}])
-    trainer = GRPOTrainer(
+    trainer = trl.GRPOTrainer(
         model=model, processing_class=processor, train_dataset=rows,
         reward_funcs=lambda completions, **_: [float(i) for i in range(len(completions))],
-        args=GRPOConfig(
+        args=trl.GRPOConfig(
             output_dir=f"{folder}/trl", use_cpu=not on_gpu, bf16=on_gpu, max_steps=args.repeats + 1, learning_rate=1e-6,
             lr_scheduler_type="constant", optim="sgd" if args.size == "7b" else "adamw_torch",
             gradient_checkpointing=args.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -135,10 +144,13 @@ def check_inputs(trainer, cell, visual_tokens):
 
     def checked(model, inputs, *args, **kwargs):
         pads = (inputs["prompt_ids"] == model.config.image_token_id).sum(1)
-        found = (tuple(inputs["prompt_ids"].shape), tuple(inputs["completion_ids"].shape), pads.unique().tolist(),
-                 len(inputs["pixel_values"]), int(inputs["completion_mask"].sum()))
-        G, C = cell.group, cell.completion
-        expected = (G, cell.prompt), (G, C), [visual_tokens], 4 * G * visual_tokens, G * C
+        found = {"prompts": tuple(inputs["prompt_ids"].shape), "completions": tuple(inputs["completion_ids"].shape),
+                 "visual tokens": pads.unique().tolist(), "patches": len(inputs["pixel_values"]),
+                 "completion tokens": int(inputs["completion_mask"].sum())}
+        G = cell.group
+        expected = {"prompts": (G, cell.prompt), "completions": (G, cell.completion),
+                    "visual tokens": [visual_tokens], "patches": 4 * G * visual_tokens,
+                    "completion tokens": G * cell.completion}
         if found != expected:
             raise ValueError(f"TRL trains on {found}, the other systems on {expected}")
         return compute_loss(model, inputs, *args, **kwargs)

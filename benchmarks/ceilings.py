@@ -1,14 +1,16 @@
 """How near sampling and the policy pass come to what the machine can do, both measured in the same run.
 
-    python benchmarks/ceilings.py --device cuda --size 3b --checkpointing   # 4 prompts of 3,500 tokens, G = 8, 200 tokens
-    python benchmarks/ceilings.py                                           # the 5M model on one CPU thread
+    python -m benchmarks.ceilings                                          # the 5M model on one CPU thread
+    python -m benchmarks.ceilings --device cuda --size 3b --checkpointing  # the published shape in bfloat16
 
 Decoding is bound by memory: a step reads every weight of the language model once, each prompt's keys and values once
-and the completions' own. Those bytes over the measured bandwidth are its floor. The policy pass is bound by arithmetic:
-its useful operations (forward and twice that backward; what checkpointing computes again does not count, nor the
-masked half of causal attention) over the measured rate of a large matrix product are its floor. Random weights.
-The first round compiles and is not counted; medians of --repeats. On CUDA the peak of allocated memory is printed, to
-be held against `python benchmarks/memory.py`.
+and the completions' own, as far as they are written. Those bytes over the measured bandwidth are its floor. The policy
+pass is bound by arithmetic: its useful operations over the measured rate of a large matrix product are its floor. They
+are the forward pass and twice that for the backward pass, without what checkpointing computes again and without the
+masked half of causal attention.
+
+Weights are random. The first round compiles and is not counted; numbers are medians of --repeats. On CUDA the peak of
+allocated memory is printed, to be held against `python -m benchmarks.memory`.
 """
 
 import argparse
@@ -17,11 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import step  # first: it puts the repository on the path
 import torch
 
 import grpo
-import runtime
+from benchmarks import step
+from engine.attention import visual_features
+from engine.checkpoints import load_model
 
 
 def seconds(run, device, repeats):
@@ -45,7 +48,8 @@ def bandwidth(device):
 def matmul_rate(device, dtype):
     """-> operations a second of a square matrix product, two for every multiplication."""
     n = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n**3 / seconds(lambda: a @ b, device, 20)
 
 
@@ -57,12 +61,12 @@ def language_weights(model):
 
 def decoding_floor(model, lengths, G, tokens, rate):
     """-> seconds for `tokens` - 1 steps (the first token comes from the prefill), at `rate` bytes a second."""
-    text, size = model.config.text_config, model.dtype.itemsize
+    text = model.config.text_config
     head = text.hidden_size // text.num_attention_heads
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head  # keys and values of one token
     weights = sum(language_weights(model))
     each = [weights + cached * (sum(lengths) + len(lengths) * G * k) for k in range(1, tokens)]
-    return size * sum(each) / rate
+    return model.dtype.itemsize * sum(each) / rate
 
 
 def policy_operations(model, lengths, G, tokens):
@@ -93,21 +97,24 @@ def parse_arguments():
 
 
 def main():
-    args, device = parse_arguments(), None
+    args = parse_arguments()
     step.quieten()
-    device, G, T = torch.device(args.device), args.group_size, args.tokens
+    device = torch.device(args.device)
+    G = args.group_size
+    T = args.tokens
     if device.type == "cpu":
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         step.make_checkpoint(Path(folder), args.size, device)
-        model, processor = runtime.load_model(folder, device)
+        model, processor = load_model(folder, device)
     model.model.visual.requires_grad_(False)
     if args.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     prompt = step.make_prompt(model, processor, *step.make_video(processor.tokenizer, args.prompt_tokens))
-    prompts, lengths = [prompt] * args.prompts, [len(prompt.ids)] * args.prompts
+    prompts = [prompt] * args.prompts
+    lengths = [len(prompt.ids)] * args.prompts
     with torch.no_grad():
-        features = grpo.visual_features(model, [prompt]) * args.prompts
+        features = visual_features(model, [prompt]) * args.prompts
 
     def sample(tokens):
         return grpo.sample_group(model, prompts, G, tokens, processor.eos[:0], processor.banned, features=features)
@@ -121,17 +128,23 @@ def main():
                                         features=features[b:b + 1])
             logps.sum().backward()
 
-    rate, speed = bandwidth(device), matmul_rate(device, model.dtype)
-    whole, prefill = seconds(lambda: sample(T), device, args.repeats), seconds(lambda: sample(1), device, args.repeats)
+    rate = bandwidth(device)
+    speed = matmul_rate(device, model.dtype)
+    whole = seconds(lambda: sample(T), device, args.repeats)
+    prefill = seconds(lambda: sample(1), device, args.repeats)
+    decoding = whole - prefill
     floor = decoding_floor(model, lengths, G, T, rate)
     model.train()
-    passed, operations = seconds(policy, device, args.repeats), policy_operations(model, lengths, G, T)
+    passed = seconds(policy, device, args.repeats)
+    operations = policy_operations(model, lengths, G, T)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
-    print(f"{name}, {args.size}, {model.dtype}: {args.prompts} prompts of {lengths[0]:,} tokens, G = {G}, {T} tokens each\n"
-          f"ceilings: {rate / 1e9:,.0f} GB/s read, {speed / 1e12:,.2f} TFLOP/s\n"
-          f"sampling: {whole:.3f} s, prefill {prefill:.3f} of it; decoding {1e3 * (whole - prefill) / (T - 1):.2f} ms a step, "
-          f"floor {1e3 * floor / (T - 1):.2f}: {floor / (whole - prefill):.0%} of the bandwidth\n"
-          f"policy pass: {passed:.3f} s, {operations / 1e12:.1f} TFLOP: {operations / passed / speed:.0%} of the arithmetic")
+    print(f"{name}, {args.size}, {model.dtype}: "
+          f"{args.prompts} prompts of {lengths[0]:,} tokens, G = {G}, {T} tokens each")
+    print(f"ceilings: {rate / 1e9:,.0f} GB/s read, {speed / 1e12:,.2f} TFLOP/s")
+    print(f"sampling: {whole:.3f} s, prefill {prefill:.3f} of it; decoding {1e3 * decoding / (T - 1):.2f} ms a step, "
+          f"floor {1e3 * floor / (T - 1):.2f}: {floor / decoding:.0%} of the bandwidth")
+    print(f"policy pass: {passed:.3f} s, {operations / 1e12:.1f} TFLOP: "
+          f"{operations / passed / speed:.0%} of the arithmetic")
     if device.type == "cuda":
         print(f"peak of allocated memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB (weights, gradients; no "
               "reference, no optimiser)")

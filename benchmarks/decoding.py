@@ -1,13 +1,13 @@
 """What reading videos costs: read_video beside decord and torchcodec, and a training loop's wait for clips.
 
-    python benchmarks/decoding.py [--video FILE] [--cores 1]  # alternating in one run: medians, ratios, do frames agree
-    python benchmarks/decoding.py --wait [0.25 0.5 1]         # steps of so many seconds, fed by 4 workers on all cores
+    python -m benchmarks.decoding [--video FILE] [--cores 1]  # alternating in one run: medians, ratios, do frames agree
+    python -m benchmarks.decoding --wait [0.25 0.5 1]         # steps of so many seconds, fed by 4 workers on all cores
 
 Without a file it makes one of a minute: 480p at 30 frames a second, H.264 as x264 writes it by default (B-frames, a
 key frame every 250 frames), a moving picture with noise. All readers deliver the same: the frames nearest to the same
-times, (T, 3, h, w) uint8 of the size that read_video chooses, opening the file included. decord and torchcodec
-are told for free which times these are, and get as many threads as there are cores. CPU time is what a core that
-others use, too, still measures well.
+times, (T, 3, h, w) uint8 of the size that read_video chooses, opening the file included. decord and torchcodec are told
+for free which times these are. They get as many threads as there are cores. CPU time is still measured well on a core
+that other programs use, too.
 
 decord 0.6.0 and torchcodec (0.13.0 runs with torch 2.13 on the CPU; it needs FFmpeg's shared libraries, Debian's
 `ffmpeg`) are no requirements: `pip install --no-deps decord torchcodec==0.13.0`.
@@ -17,20 +17,19 @@ import argparse
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from fractions import Fraction
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import av  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import av
+import numpy as np
+import torch
 
-import data  # noqa: E402
-import evaluate  # noqa: E402
-from video import read_video, video_duration  # noqa: E402
+from data import TaskSampler, TrainingClips
+from engine.annotations import Sample
+from engine.runtime import make_loader
+from engine.video import read_video, video_duration
 
 SEGMENTS = (2.5, 5, 10, 20, 40)  # seconds
 
@@ -48,13 +47,18 @@ def write_video(path, seconds, size=(480, 854), fps=30, seed=0):
     packets = []
     with av.open(path, "w") as file:
         stream = file.add_stream("libx264", rate=fps)
-        stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
+        stream.width = w
+        stream.height = h
+        stream.pix_fmt = "yuv420p"
         for i in range(seconds * fps):
-            y, x = (int(side / 2 * (1 + np.sin(i / fps * speed))) for side, speed in ((h, 0.3), (w, 0.4)))
-            dy, dx = rng.integers(h), rng.integers(w)
+            y = int(h / 2 * (1 + np.sin(i / fps * 0.3)))
+            x = int(w / 2 * (1 + np.sin(i / fps * 0.4)))
+            dy = rng.integers(h)
+            dx = rng.integers(w)
             image = scene[y:y + h, x:x + w] + grain[dy:dy + h, dx:dx + w]
             frame = av.VideoFrame.from_ndarray(image.clip(0, 255).astype(np.uint8), format="rgb24")
-            frame.pts, frame.time_base = i, Fraction(1, fps)
+            frame.pts = i
+            frame.time_base = Fraction(1, fps)
             packets += stream.encode(frame)
         packets += stream.encode()
         file.mux(packets)
@@ -70,7 +74,9 @@ def repeat_video(source, path, times):
                 length = part.streams.video[0].duration
                 for packet in part.demux(video=0):
                     if packet.size:
-                        packet.pts, packet.dts, packet.stream = packet.pts + k * length, packet.dts + k * length, stream
+                        packet.pts += k * length
+                        packet.dts += k * length
+                        packet.stream = stream
                         file.mux(packet)
 
 
@@ -116,14 +122,19 @@ def readers(threads):
 def measure(found, path, start, end, rounds):
     """-> {name: (median seconds, median CPU seconds, mean difference from our pixels)}; the readers take turns."""
     clip = read_video(path, start=start, end=end)
-    seconds, difference = {name: [] for name in found}, {}
+    seconds = {name: [] for name in found}
+    cpu_seconds = {name: [] for name in found}
+    difference = {}
     for _ in range(rounds):
         for name, read in found.items():
-            began = time.perf_counter(), time.process_time()
+            began = time.perf_counter()
+            cpu_began = time.process_time()
             frames = read(path, start, end, clip.times.tolist(), tuple(clip.frames.shape[2:]))
-            seconds[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
+            seconds[name].append(time.perf_counter() - began)
+            cpu_seconds[name].append(time.process_time() - cpu_began)
             difference[name] = (frames.float() - clip.frames.float()).abs().mean().item()
-    return {name: (*map(statistics.median, zip(*seconds[name])), difference[name]) for name in found}
+    return {name: (statistics.median(seconds[name]), statistics.median(cpu_seconds[name]), difference[name])
+            for name in found}
 
 
 def compare(jobs, cores, rounds):
@@ -145,7 +156,9 @@ def compare(jobs, cores, rounds):
 def comparison_jobs(video, folder):
     jobs = []
     if not video:
-        part, video, long = (f"{folder}/{name}.mp4" for name in ("half-minute", "minute", "five-minutes"))
+        part = f"{folder}/half-minute.mp4"
+        video = f"{folder}/minute.mp4"
+        long = f"{folder}/five-minutes.mp4"
         write_video(part, 30)
         repeat_video(part, video, 2)
         repeat_video(part, long, 10)
@@ -166,22 +179,25 @@ def wait(durations, video, folder, workers, iterations):
         video = write_video(f"{folder}/0.mp4", 30)
     paths = [shutil.copy(video, f"{folder}/{k}-copy.mp4") for k in range(16)]
     seconds = video_duration(video)
-    samples = [data.Sample(path, "q", k * seconds / 32, k * seconds / 32 + seconds / 4) for k, path in enumerate(paths)]
+    samples = [Sample(path, "q", k * seconds / 32, k * seconds / 32 + seconds / 4) for k, path in enumerate(paths)]
+    suits = {"vd": [True] * len(samples)}
     cores = len(os.sched_getaffinity(0))
     print(f"{workers} workers on {cores} cores, {iterations} iterations of one prompt: 80% whole videos of "
           f"{seconds:.0f} s, 20% segments of {seconds / 4:.1f} s")
     print(f"{'step':>8}{'clips/s':>10}{'first wait':>12}{'then mean':>12}{'median':>10}{'max':>8}   seconds")
     for duration in (0.0, *durations):
-        sampler = data.TaskSampler([True] * len(samples), prompts=1, iterations=iterations)
-        loader = iter(evaluate.make_loader(data.TrainingClips(samples, sampler), workers, batch_sampler=[
-            [(k, slot) for slot in sampler.slots] for k in range(iterations)]))
-        waits, started = [], time.perf_counter()
+        sampler = TaskSampler(len(samples), suits, prompts=1, iterations=iterations)
+        keys = [[(iteration, slot) for slot in sampler.slots] for iteration in range(iterations)]
+        loader = iter(make_loader(TrainingClips(samples, sampler), workers, batch_sampler=keys))
+        waits = []
+        started = time.perf_counter()
         for _ in range(iterations):
             began = time.perf_counter()
             next(loader)
             waits.append(time.perf_counter() - began)
             time.sleep(duration)
-        rate, rest = iterations / (time.perf_counter() - started), waits[1:]
+        rate = iterations / (time.perf_counter() - started)
+        rest = waits[1:]
         print(f"{duration:8.2f}{rate:10.2f}{waits[0]:12.3f}{statistics.mean(rest):12.3f}{statistics.median(rest):10.3f}"
               f"{max(rest):8.3f}", flush=True)
         if not duration:

@@ -1,20 +1,23 @@
 """The memory that a training run will need on each GPU, and its iterations and tokens, from the model's config alone.
 
-    python benchmarks/memory.py                                             # 3B on 8 GPUs of 40 GB
-    python benchmarks/memory.py --model 7b --gpu-gb 80 [any option of invert4tvg.py]
-    python benchmarks/memory.py --model 3b --world-size 1 --accumulation 8 --kl-coef 0 --gpu-gb 80
-    python benchmarks/memory.py --validate                                  # the estimate against a real process
+    python -m benchmarks.memory                                             # 3B on 8 GPUs of 40 GB
+    python -m benchmarks.memory --model 7b --gpu-gb 80 [any option of invert4tvg.py]
+    python -m benchmarks.memory --model 3b --world-size 1 --accumulation 8 --kl-coef 0 --gpu-gb 80
+    python -m benchmarks.memory --validate                                  # the estimate against a real process
 
-No formula stands in for the program: its own functions run, an iteration's phase after the other, on the meta device,
-whose tensors have shapes but no memory, and every storage that lives at the same time is added up. Only the attention
-kernels are named here, since which of PyTorch's runs depends on the device. A phase holds what lasts (weights,
-reference, gradients, optimiser) and its own highest point; the run needs the largest phase, not their sum. A column
-shows its phase at that point, "ever" each row at its own highest: the cache or the logits may be gone by then.
+No formula stands in for the program. Its own functions run, an iteration's phase after the other, on the meta device,
+whose tensors have shapes but no memory. Every storage that lives at the same time is added up. Only two operations are
+replaced, because their memory is spent inside PyTorch's kernels: attention, whose kernel depends on the device, and the
+draw of a token. All decoding steps have the same shapes, so one of them is run.
+
+A phase holds what lasts (weights, reference, gradients, optimiser) and its own highest point. The run needs the largest
+phase, not their sum. A column shows its phase at that point, "ever" each row at its own highest: the cache or the
+logits may be gone by then.
 
 "typical" has completions of --typical-tokens on average, from half to one and a half times that; "worst" has all of
-them cut off at --max-new-tokens. The prompt is the pixel budget's visual tokens and --text-tokens; the rare video of
-more than 224 s exceeds that budget (video.fit_size) and this estimate. GiB are 2**30 bytes of tensors; the caching
-allocator reserves some more.
+them cut off at --max-new-tokens. The cache has room for --max-new-tokens in both. The prompt is the pixel budget's
+visual tokens and --text-tokens. The rare video of more than 224 s exceeds that budget (engine.video.fit_size) and this
+estimate. GiB are 2**30 bytes of tensors; the caching allocator reserves some more.
 """
 
 import ctypes
@@ -30,26 +33,28 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_map_only  # noqa: E402
-from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
-
-import data  # noqa: E402
-import grpo  # noqa: E402
-import invert4tvg  # noqa: E402
-import runtime  # noqa: E402
-import step  # noqa: E402  benchmarks/step.py: shapes, random checkpoints, videos, meter
-import video  # noqa: E402
-from runtime import UserError, flag, option  # noqa: E402
+import grpo
+import invert4tvg
+from benchmarks import step
+from engine.annotations import load_annotations, prepare_training
+from engine.attention import Prefill, Prompt, install_attention, visual_features
+from engine.checkpoints import newest_checkpoint
+from engine.decoding import Cached
+from engine.optimizer import MasterAdamW
+from engine.prompts import MERGE, PATCH, TEMPORAL
+from engine.runtime import setup_distributed
+from engine.settings import UserError, flag, parse_settings
+from engine.video import SIDE
 
 GiB = 2**30
+END = 1  # the id that ends a completion here
 OUTSIDE = 1.5 * GiB  # of a card's nominal memory: what it hides (0.6), the CUDA context (0.5), NCCL (0.4); customary
-PUBLISHED = ("3b", "7b")  # of the hub's Qwen2.5-VL-3B-Instruct and -7B-Instruct
 ROWS = ("weights", "reference", "gradients", "optimiser, masters", "prompts, features", "KV cache", "activations",
         "logits", "gradients on their way", "the step's temporaries")
 PHASES = ("sampling", "reference", "policy", "optimiser")
@@ -60,28 +65,23 @@ class Settings(invert4tvg.Config):
     """A training run's settings and what is to be known of the machine and the data."""
 
     model: str = flag("3b", "3b, 7b (or their hub ids): the published shapes; else a checkpoint folder")
-    world_size: int = flag(8, "GPUs")
-    gpu_gb: float = flag(40.0, "a card's memory, GiB")
-    typical_tokens: int = flag(200, "mean length of a typical group's completions")
-    text_tokens: int = flag(120, "a prompt's tokens that are not the video's")
-    rows: int = flag(12404, "training samples, where --annotations does not exist; Charades-STA's")
+    world_size: int = flag(8, "GPUs", above=0)
+    gpu_gb: float = flag(40.0, "a card's memory, GiB", above=0)
+    typical_tokens: int = flag(200, "mean length of a typical group's completions", above=0)
+    text_tokens: int = flag(120, "a prompt's tokens that are not the video's", above=0)
+    rows: int = flag(12404, "training samples, where --annotations does not exist; Charades-STA's", above=0)
     validate: bool = flag(False, "run a small model on this CPU, in float32, and compare")
-
-    def check(self):
-        super().check()
-        for name in ("world_size", "gpu_gb", "typical_tokens", "text_tokens", "rows"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{option(name)} is {getattr(self, name)}; it must be above 0.")
 
 
 def model_config(name):
     """3b, 7b, a hub id of theirs or a folder -> the model's config."""
     size = name.lower().removeprefix("qwen/qwen2.5-vl-").removesuffix("-instruct")
-    if size not in PUBLISHED:
+    if size not in step.PUBLISHED:
         try:
-            return AutoConfig.from_pretrained(runtime.newest_checkpoint(name) or name)
+            return AutoConfig.from_pretrained(newest_checkpoint(name) or name)
         except (OSError, ValueError) as error:
-            raise UserError(f"--model {name}: no config was found there; give 3b, 7b or a checkpoint folder.") from error
+            raise UserError(f"--model {name}: no config was found there; give 3b, 7b or a checkpoint folder."
+                            ) from error
     text, half, vision = step.SIZES[size]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": step.sections(half)}
     vision = vision | dict(window_size=112, tokens_per_second=2, fullatt_block_indexes=[7, 15, 23, 31],
@@ -93,7 +93,7 @@ def model_config(name):
 def meta_model(config, dtype):
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config).to(dtype)
-    grpo.speed_up(model)
+    install_attention(model)
     return model
 
 
@@ -103,28 +103,32 @@ def meta_model(config, dtype):
 class Storages(TorchDispatchMode):
     """Adds up the bytes of all storages that operations create and that still live; `peak` is their highest sum.
 
-    What came from outside (weights, gradients, a phase's inputs) counts nothing. Integers, by which the program finds
-    its way, are real, on the CPU; where they meet the meta device they lose their values.
+    What came from outside (weights, gradients, a phase's inputs) counts nothing. The integers by which the program
+    finds its way are real, on the CPU. Where they meet the meta device, they lose their values.
     """
 
     def __init__(self, model):
         super().__init__()
         self.vocabulary = model.config.text_config.vocab_size
         self.weights = {shape for p in model.parameters() if p.dim() == 2 for shape in (p.shape, p.shape[::-1])}
-        self.storages = {}  # id -> (weak reference, [row]); a list, for the row may change
-        # Bytes a row: now; when their sum was highest; each at its own highest.
-        self.now, self.peak, self.highest = (dict.fromkeys(ROWS, 0) for _ in range(3))
+        self.storages = {}  # id -> (weak reference, bytes, [row]); a list, for the row may change
+        self.now = dict.fromkeys(ROWS, 0)  # bytes a row
+        self.peak = dict.fromkeys(ROWS, 0)  # the same when their sum was highest
+        self.highest = dict.fromkeys(ROWS, 0)  # each row at its own highest
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, given = kwargs or {}, list(tensors((args, kwargs)))
+        kwargs = kwargs or {}
+        given = list(tensors((args, kwargs)))
         self.count(given, known=True)
         if func.overloadpacket is torch.ops.aten.arange:
             kwargs = kwargs | {"device": "cpu"}
         elif any(x.is_meta for x in given) and any(x.dim() and not x.is_meta for x in given):
             if func is torch.ops.aten.index.Tensor:  # a mask says how many there are
-                masks = [x is not None and x.dtype == torch.bool for x in args[1]]
-                places = [x.nonzero(as_tuple=True) if mask else (x,) for x, mask in zip(args[1], masks)]
-                args = args[0], sum(places, ())
+                places = []
+                for x in args[1]:
+                    is_mask = x is not None and x.dtype == torch.bool
+                    places += x.nonzero(as_tuple=True) if is_mask else (x,)
+                args = (args[0], places)
             args, kwargs = tree_map_only(torch.Tensor, _without_values, (args, kwargs))
         result = func(*args, **kwargs)
         self.count(result)
@@ -135,14 +139,17 @@ class Storages(TorchDispatchMode):
 
     def count(self, tree, known=False):
         for x in tensors(tree):
-            if id(storage := x.untyped_storage()) not in self.storages:
-                key, size, row = id(storage), 0 if known else storage.nbytes(), [self.row(x)]
+            storage = x.untyped_storage()
+            key = id(storage)
+            if key not in self.storages:
+                size = 0 if known else storage.nbytes()
+                row = [self.row(x)]
 
                 def free(_, key=key, size=size, row=row):
                     self.now[row[0]] -= size
                     del self.storages[key]
 
-                self.storages[key] = weakref.ref(storage, free), size, row
+                self.storages[key] = (weakref.ref(storage, free), size, row)
                 self.now[row[0]] += size
 
     def row(self, x):
@@ -181,7 +188,8 @@ def gpu_attention(q, k, v, attn_mask=None, is_causal=False, scale=None, enable_g
     if attn_mask is None:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[0]
     bias = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask.logical_not(), -math.inf)
-    if more := -k.shape[2] % 8:  # its rows are aligned to 8 columns
+    more = -k.shape[2] % 8  # its rows are aligned to 8 columns
+    if more:
         bias = nn.functional.pad(bias, (0, more))[..., :-more]
     bias = bias.expand(*q.shape[:3], -1)
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, q.requires_grad, scale=scale)[0]
@@ -207,23 +215,31 @@ class Work(NamedTuple):
 
     @property
     def prompt_tokens(self):
-        return math.prod(self.grid) // data.MERGE**2 + self.text_tokens
+        return math.prod(self.grid) // MERGE**2 + self.text_tokens
 
 
 def plan(settings, worst):
     """-> Work, with a video that uses up the pixel budget."""
-    tokens, group = settings.max_pixels // video.SIDE**2, 1 if settings.demonstrations else settings.group_size
+    tokens = settings.max_pixels // SIDE**2
     steps = min(8, tokens)
-    h = max(range(1, math.isqrt(tokens // steps) + 1), key=lambda h: (tokens // steps // h * h, h))
-    grid = steps, data.MERGE * h, data.MERGE * (tokens // steps // h)
-    lengths = torch.linspace(0.5, 1.5, group) * settings.typical_tokens if group > 1 else [settings.typical_tokens]
-    lengths = [settings.max_new_tokens if worst else min(round(float(x)), settings.max_new_tokens) for x in lengths]
+    a_step = tokens // steps
+    # Of all frames of h x w tokens the one that leaves the fewest over, and of several the most square.
+    h = max(range(1, math.isqrt(a_step) + 1), key=lambda h: (a_step // h * h, h))
+    grid = (steps, MERGE * h, MERGE * (a_step // h))
+
+    group = 1 if settings.demonstrations else settings.group_size
+    if worst:
+        lengths = [settings.max_new_tokens] * group
+    else:
+        factors = torch.linspace(0.5, 1.5, group).tolist() if group > 1 else [1.0]
+        lengths = [min(round(factor * settings.typical_tokens), settings.max_new_tokens) for factor in factors]
     return Work(grid, settings.text_tokens, lengths * settings.micro_batch, settings.max_new_tokens)
 
 
 def shares(parameters, world_size):
     """Parameters -> one list a rank, as ZeroRedundancyOptimizer parts them: the largest first, to the least loaded."""
-    parts, loads = [[] for _ in range(world_size)], [0] * world_size
+    parts = [[] for _ in range(world_size)]
+    loads = [0] * world_size
     for p in sorted(parameters, key=lambda p: p.numel(), reverse=True):
         rank = loads.index(min(loads))
         parts[rank].append(p)
@@ -231,65 +247,78 @@ def shares(parameters, world_size):
     return parts
 
 
-def size_of(tensors):
-    """-> bytes"""
-    return sum(x.nbytes for x in tensors if torch.is_tensor(x))
+def size_of(values):
+    """-> bytes of the tensors among them"""
+    return sum(x.nbytes for x in values if torch.is_tensor(x))
 
 
 def optimiser_memory(model, world_size):
     """-> bytes of (state with masters, temporaries of a step) on the rank that needs most."""
     needs = []
     for share in shares([p for p in model.parameters() if p.requires_grad], world_size):
-        optimizer = grpo.MasterAdamW(share, lr=1e-6)
+        optimizer = MasterAdamW(share, lr=1e-6)
         optimizer.step()  # creates the state
         with Storages(model) as storages:
             optimizer.step()
-        needs.append((size_of(x for s in optimizer.state.values() for x in s.values()), sum(storages.peak.values())))
+        state = size_of(x for s in optimizer.state.values() for x in s.values())
+        needs.append((state, sum(storages.peak.values())))
     return max(needs, key=sum)
 
 
 @contextmanager
-def counted(model, attention, longest):
-    """Inside, grpo.py runs on the meta device and -> Storages counts; completions all end after `longest` tokens."""
-    storages, pack, choose, advance, written = Storages(model), grpo.pack, grpo.choose, grpo.advance, 0
+def counted(model, attention):
+    """Inside, grpo.py runs on the meta device and -> Storages counts. Completions end with their second token."""
+    storages = Storages(model)
+    pack = grpo.pack
+    attend = Prefill.attend
+    cache_after = Cached.after
+    tokens = iter((0, END))
 
-    def pack_without_values(*args):  # the mask and what follows from it would take seconds
-        layout, *rest = pack(*args)
-        return tree_map_only(torch.Tensor, lambda x: x.to("meta"), layout), *rest
+    def draw(probabilities, count, generator=None):
+        """torch.multinomial, which divides by as much noise and takes the largest."""
+        torch.empty_like(probabilities).div_(probabilities)
+        return torch.full((len(probabilities), count), next(tokens))
 
-    def choose_nothing(model, hidden, *args):
-        choose(model, hidden, *args)
-        return next_tokens(len(hidden))
+    def pack_without_values(*args):  # on the CPU, the mask and what follows from it would take seconds
+        row, *places = pack(*args)
+        return tree_map_only(torch.Tensor, lambda x: x.to("meta"), row), *places
 
-    def next_tokens(rows):
-        nonlocal written
-        written += 1
-        return torch.full((rows,), int(written == longest)), torch.zeros(rows)  # id 1 is the end's
-
-    def advance_last(model, cache, temperature, banned, token, *args):  # the steps before it need no more
-        if written == longest - 1:
-            return advance(model, cache, temperature, banned, token, *args)
-        return next_tokens(len(token))
-
-    def attend_packed(self, *args):
-        result = attends[0](self, *args)
-        storages.move(self.kept[-1:], "KV cache")
+    def attend_and_move(self, *args):
+        result = attend(self, *args)
+        storages.move(self.keys_values[-1], "KV cache")
         return result
 
-    def attend_decoding(self, layer, *args):
-        result = attends[1](self, layer, *args)
-        storages.move((self.prompts[layer], self.own[layer]), "KV cache")
-        return result
+    def cache_and_move(*args):
+        cache = cache_after(*args)
+        storages.move(cache.own, "KV cache")
+        return cache
 
-    attends = grpo.Packed.attend, grpo.Decoding.attend
+    replaced = [(torch, "multinomial", draw), (nn.functional, "scaled_dot_product_attention", attention),
+                (grpo, "pack", pack_without_values), (Prefill, "attend", attend_and_move),
+                (Cached, "after", cache_and_move)]
     with ExitStack() as stack:
-        for owner, name, function in (
-                (grpo, "pack", pack_without_values), (grpo, "choose", choose_nothing), (grpo, "advance", advance_last),
-                (grpo.Packed, "attend", attend_packed), (grpo.Decoding, "attend", attend_decoding),
-                (nn.functional, "scaled_dot_product_attention", attention)):
+        for owner, name, function in replaced:
             stack.enter_context(mock.patch.object(owner, name, function))
         stack.enter_context(storages)
         yield storages
+
+
+def make_prompts(model, work, count):
+    """-> `count` prompts. Their patches have no values, their ids and positions do."""
+    ids = torch.zeros(work.prompt_tokens, dtype=torch.long)
+    first = work.text_tokens // 2
+    ids[first:first + work.prompt_tokens - work.text_tokens] = model.config.video_token_id
+    positions = torch.arange(len(ids)).expand(3, -1)
+    patches = torch.empty(math.prod(work.grid), 3 * TEMPORAL * PATCH**2, device="meta")
+    return [Prompt(ids, positions, patches, torch.tensor([work.grid])) for _ in range(count)]
+
+
+def lasting_memory(model, settings, state):
+    """-> {row: bytes} of what every phase finds there; `state` is the optimiser's."""
+    weights = size_of(model.parameters())
+    return {"weights": weights, "optimiser, masters": state,
+            "gradients": size_of(p for p in model.parameters() if p.requires_grad),
+            "reference": weights if settings.kl_coef and not settings.demonstrations else 0}
 
 
 def estimate(model, settings, work, attention=gpu_attention):
@@ -297,54 +326,51 @@ def estimate(model, settings, work, attention=gpu_attention):
     row's own highest, which do not come together).
     """
     model.requires_grad_(True).model.visual.requires_grad_(settings.train_vision)
+    model.activation_checkpointing_disable()  # an earlier estimate may have switched it on
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    sampled, micro = not settings.demonstrations, settings.micro_batch
-    G = len(work.lengths) // micro
-    ids = torch.zeros(work.prompt_tokens, dtype=torch.long)
-    ids[work.text_tokens // 2:][:work.prompt_tokens - work.text_tokens] = model.config.video_token_id
-    patches = torch.empty(math.prod(work.grid), 3 * data.TEMPORAL * data.PATCH**2, device="meta")
-    prompts = [grpo.Prompt(ids, torch.arange(len(ids)).expand(3, -1), patches, torch.tensor([work.grid]))
-               for _ in range(micro * settings.accumulation)]
-    mask = torch.arange(max(work.lengths)) < torch.tensor(work.lengths).unsqueeze(1)
-    completions, banned = torch.zeros(mask.shape, dtype=torch.long), torch.tensor([2, 3])
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-
     state, temporaries = optimiser_memory(model, settings.world_size)
-    fixed = {"weights": size_of(model.parameters()), "optimiser, masters": state,
-             "gradients": size_of(p.grad for p in model.parameters() if p.requires_grad),
-             "reference": size_of(model.parameters()) if settings.kl_coef and sampled else 0}
-    peaks, highest = {}, dict.fromkeys(ROWS, 0)
+    lasting = lasting_memory(model, settings, state)
+
+    micro = settings.micro_batch
+    G = len(work.lengths) // micro
+    prompts = make_prompts(model, work, micro * settings.accumulation)
+    mask = torch.arange(max(work.lengths)) < torch.tensor(work.lengths).unsqueeze(1)
+    completions = torch.zeros(mask.shape, dtype=torch.long)
+    banned = torch.tensor([2, 3])
+    peaks = {}
+    highest = dict.fromkeys(ROWS, 0)
 
     @contextmanager
     def phase(name, features):
         held = size_of(x for p in prompts for x in p) + size_of(features or ())
-        with counted(model, attention, mask.shape[1]) as storages:
+        with counted(model, attention) as storages:
             yield
-        peaks[name] = {row: storages.peak[row] + fixed.get(row, 0) for row in ROWS} | {"prompts, features": held}
-        highest.update({row: max(size, storages.highest[row]) for row, size in highest.items()})
+        peaks[name] = {row: storages.peak[row] + lasting.get(row, 0) for row in ROWS} | {"prompts, features": held}
+        for row in ROWS:
+            highest[row] = max(highest[row], storages.highest[row], peaks[name][row])
 
     features = None
-    if sampled or not settings.train_vision:
+    if not (settings.demonstrations and settings.train_vision):
         with phase("sampling", None), torch.no_grad():
-            features = grpo.visual_features(model, prompts)
-            if sampled:  # temperature 0 draws no noise, which nobody reads here
-                grpo.sample_group(model, prompts, G, work.max_new_tokens, torch.tensor([1]), banned, 0.0,
+            features = visual_features(model, prompts)
+            if not settings.demonstrations:
+                grpo.sample_group(model, prompts, G, work.max_new_tokens, torch.tensor([END]), banned,
                                   features=features)
     if settings.train_vision:
         features = None
     inputs = prompts[:micro], completions, mask, banned, 1.0, features and features[:micro]
-    if fixed["reference"]:
+    if lasting["reference"]:
         with phase("reference", features), torch.no_grad():
             grpo.group_logps(model.eval(), *inputs)
     with phase("policy", features):
         logps, _ = grpo.group_logps(model.train(), *inputs)
         logps.sum().backward()  # the loss itself is of (N, C) numbers
-    lasting = dict.fromkeys(ROWS, 0) | fixed | {"prompts, features": peaks["policy"]["prompts, features"]}
-    peaks["optimiser"] = lasting | {"the step's temporaries": temporaries}
-    peaks = {name: peaks[name] for name in PHASES if name in peaks}
-    highest = {row: max(highest[row], *(rows[row] for rows in peaks.values())) for row in ROWS}
+    rest = {"prompts, features": peaks["policy"]["prompts, features"], "the step's temporaries": temporaries}
+    peaks["optimiser"] = dict.fromkeys(ROWS, 0) | lasting | rest
+    highest["the step's temporaries"] = temporaries
     return peaks, highest
 
 
@@ -364,8 +390,8 @@ def print_budget(title, peaks, highest, settings):
     print(f"{'total':<28}" + "".join(f"{x / GiB:12.2f}" for x in totals.values()))
     phase = max(totals, key=totals.get)
     left = settings.gpu_gb - totals[phase] / GiB
-    print(f"The {phase} phase needs most, {totals[phase] / GiB:.1f} of {settings.gpu_gb:g} GiB: "
-          + (f"it fits, with {left:.1f} to spare." if left >= 0 else f"IT DOES NOT FIT, {-left:.1f} are missing."))
+    verdict = f"it fits, with {left:.1f} to spare." if left >= 0 else f"IT DOES NOT FIT, {-left:.1f} are missing."
+    print(f"The {phase} phase needs most, {totals[phase] / GiB:.1f} of {settings.gpu_gb:g} GiB: {verdict}")
     return left >= 0
 
 
@@ -386,35 +412,38 @@ def print_measures(model, settings, worst):
 
 def print_run(settings):
     """Print iterations and tokens of the whole run."""
-    rows, source = settings.rows, "--rows"
+    rows = settings.rows
+    source = "--rows"
     if Path(settings.annotations).exists():
-        samples = data.load_annotations(settings.annotations, settings.videos, settings.single_window)
-        rows, source = len(data.prepare_training(samples)[0]), settings.annotations
+        samples = load_annotations(settings.annotations, settings.videos, settings.single_window)
+        rows = len(prepare_training(samples)[0])
+        source = settings.annotations
     prompts = settings.micro_batch * settings.accumulation * settings.world_size
     iterations = settings.iterations or math.ceil(settings.epochs * rows / prompts)
     million = iterations * prompts / 1e6
     print(f"\n{rows:,} samples ({source}), {prompts} prompts an iteration: {iterations:,} iterations")
     for title, worst in (("typical", False), ("worst", True)):
         work = plan(settings, worst)
-        read, written = work.prompt_tokens, sum(work.lengths) // settings.micro_batch  # a prompt
+        read = work.prompt_tokens  # tokens of a prompt and of its completions
+        written = sum(work.lengths) // settings.micro_batch
         print(f"  {title}: {prompts * read:,} prompt and {prompts * written:,} completion tokens an iteration; "
               f"{million * read:,.0f} and {million * written:,.0f} million in all")
 
 
 def report(settings):
-    config = model_config(settings.model)
-    model = meta_model(config, torch.bfloat16)
-    everything, vision = (sum(p.numel() for p in m.parameters()) for m in (model, model.model.visual))
+    model = meta_model(model_config(settings.model), torch.bfloat16)
+    everything = sum(p.numel() for p in model.parameters())
+    vision = sum(p.numel() for p in model.model.visual.parameters())
     work = plan(settings, worst=False)
     print(f"{settings.model}: {everything:,} parameters, {vision:,} of them vision tower and merger, "
           f"{'trained' if settings.train_vision else 'frozen'}; bfloat16\n"
           f"{settings.world_size} x {settings.gpu_gb:g} GiB; prompts of {work.prompt_tokens:,} tokens: a GPU samples "
           f"{settings.micro_batch * settings.accumulation} together and trains on {settings.micro_batch} at a time, "
           f"{len(work.lengths) // settings.micro_batch} completions each")
-    for title, worst in (("typical: {:,.0f} tokens a completion, {:,} the longest", False),
-                         ("worst: {:,.0f} tokens every completion", True)):
+    for name, worst in (("typical", False), ("worst", True)):
         work = plan(settings, worst)
-        title = title.format(sum(work.lengths) / len(work.lengths), max(work.lengths))
+        mean = sum(work.lengths) / len(work.lengths)
+        title = f"{name}: {mean:,.0f} tokens a completion, {max(work.lengths):,} the longest"
         if not print_budget(title, *estimate(model, settings, work), settings):
             print_measures(model, settings, worst)
     print_run(settings)
@@ -429,38 +458,36 @@ def validate():
     A peak is resident memory above the process before the models. The 5m model goes first: its surplus of some 35 MiB
     is the code that it loads.
     """
-    step.SIZES["small"] = (dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
-                                num_key_value_heads=2, vocab_size=32000), 32,
-                           dict(depth=4, hidden_size=256, num_heads=4, intermediate_size=512,
-                                fullatt_block_indexes=[3]))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU, whatever else this machine has
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
-    device, meter = runtime.setup_distributed(), step.Meter(torch.device("cpu"))
+    device = setup_distributed()
+    meter = step.Meter(device)
     print(f"{'MiB':<14}{'estimated':>12}{'measured':>12}{'ratio':>12}")
-    for size, cell in (("5m", step.Cell(256, 24)), ("small", step.Cell(128, 16)), ("small", step.Cell(2048, 64)),
-                       ("small", step.Cell(1024, 256))):
+    for size, cell in (("5m", step.Cell(256, 24)), ("60m", step.Cell(128, 16)), ("60m", step.Cell(2048, 64)),
+                       ("60m", step.Cell(1024, 256))):
         with tempfile.TemporaryDirectory() as folder:
             step.make_checkpoint(Path(folder), size, device)
             settings = Settings(model=folder, max_new_tokens=cell.completion)
             meter.rest()
             prompt, peak = measured_iterations(settings, cell, meter, device)
             grid = tuple(prompt.grid[0].tolist())
-            text = len(prompt.ids) - math.prod(grid) // data.MERGE**2
+            text = len(prompt.ids) - math.prod(grid) // MERGE**2
             work = Work(grid, text, [cell.completion] * cell.group, cell.completion)
             model = meta_model(model_config(folder), torch.float32)
         peaks, _ = estimate(model, dataclasses.replace(settings, world_size=1), work, cpu_attention)
         print(f"{size} {step.name_of(cell)}")
         for name in PHASES:
-            estimated, measured = sum(peaks[name].values()) / 2**20, peak[name]
-            print(f"  {name:<12}{estimated:12.0f}{measured:12.0f}{estimated / measured:12.3f}")
+            estimated = sum(peaks[name].values()) / 2**20
+            print(f"  {name:<12}{estimated:12.0f}{peak[name]:12.0f}{estimated / peak[name]:12.3f}")
 
 
 def measured_iterations(settings, cell, meter, device):
     """-> (the prompt, {phase: MiB})"""
-    run = invert4tvg.make_run(settings, device, [], None, None)
+    run = invert4tvg.make_run(settings, device, samples=[], completions=None, sampler=None, resume_from=None)
     optimizer_step = run.optimizer.step
 
-    def measured_step():
+    def measured_step():  # the update's last part is a phase of its own
         meter.settle()
         meter.open.remove("policy")
         with meter("optimiser"):
@@ -473,21 +500,23 @@ def measured_iterations(settings, cell, meter, device):
     for _ in range(3):
         meter.take()
         with meter("sampling"), torch.no_grad():
-            features = grpo.visual_features(run.model, [prompt])
+            features = visual_features(run.model, [prompt])
             sampled = grpo.sample_group(run.model, [prompt], cell.group, cell.completion, run.processor.eos[:0],
                                         run.processor.banned, features=features)
-        with meter("reference"), torch.no_grad():
-            reference, _ = run.reference([prompt], sampled.ids, sampled.mask, features)
-        batch = invert4tvg.Batch(prompts=[prompt], features=features, ids=sampled.ids, mask=sampled.mask,
-                                 advantages=advantages, sampler_logps=sampled.logps, ref_logps=reference)
+        with meter("reference"):
+            batches = invert4tvg.micro_batches(run, [prompt], sampled.ids, sampled.mask, features, advantages,
+                                               sampled.logps)
         with meter("policy"):
-            invert4tvg.update(run, [batch], 1e-6)
+            invert4tvg.update(run, batches, 1e-6)
     return prompt, meter.take()["MiB"]
 
 
 if __name__ == "__main__":
-    given = runtime.parse_settings(Settings, __doc__)
+    given = parse_settings(Settings, __doc__)
     try:
-        validate() if given.validate else report(given)
+        if given.validate:
+            validate()
+        else:
+            report(given)
     except (UserError, ValueError) as error:
         sys.exit(f"memory.py: {error}")

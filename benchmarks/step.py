@@ -1,9 +1,9 @@
 """What sharing the prompt is worth: seconds and memory of a GRPO step on random weights, nothing downloaded.
 
-    python benchmarks/step.py                                # the table: four cells, one CPU thread
-    python benchmarks/step.py --curves                       # and two plots (pip install matplotlib)
-    python benchmarks/step.py --device cuda --size 3b        # the published shapes in bfloat16
-    python benchmarks/step.py --cells 2048/64 --systems ours repeated
+    python -m benchmarks.step                                # the table: four cells, one CPU thread
+    python -m benchmarks.step --curves                       # and two plots (pip install matplotlib)
+    python -m benchmarks.step --device cuda --size 3b        # the published shapes in bfloat16
+    python -m benchmarks.step --cells 2048/64 --systems ours repeated
 
 Three systems take whole GRPO steps on the same weights and the same number of tokens, each in a process of its own and
 by turns, after one uncounted step each:
@@ -14,9 +14,10 @@ by turns, after one uncounted step each:
               training (baseline.py); wants `pip install trl`, else its columns stay empty
 
 A step goes from decoded frames to updated weights: patches, sampling (tower, prefill, decoding), reference pass, policy
-forward and backward, clipping, optimiser; rewards are free. The tower is frozen. Cells are PROMPT/COMPLETION in tokens;
-no completion ends early. Medians; memory is the peak above the process with its models loaded and nothing run.
-Before timing, ours and repeated score the same completions, and a difference above 1e-4 (float32) ends the run.
+forward and backward, clipping, optimiser. Rewards are free, and the tower is frozen. Cells are PROMPT/COMPLETION in
+tokens; no completion ends early. Numbers are medians. Memory is the peak above the process with its models loaded and
+nothing run. Before timing, ours and repeated score the same completions. A difference above 1e-4 (float32) ends the
+run.
 """
 
 import argparse
@@ -38,26 +39,26 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging
 
-import torch  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-from transformers import (AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig,  # noqa: E402
-                          Qwen2_5_VLForConditionalGeneration)
-from transformers.utils import logging  # noqa: E402
-
-import baseline  # noqa: E402
-import data  # noqa: E402
-import grpo  # noqa: E402
-import runtime  # noqa: E402
-import video  # noqa: E402
+import grpo
+from benchmarks import baseline
+from engine.attention import Prompt, visual_features
+from engine.checkpoints import load_model
+from engine.optimizer import MasterAdamW
+from engine.prompts import MERGE, encode_prompt, patchify, position_ids
+from engine.video import SIDE
 
 PHASES = {"sampling": "sampling", "reference": "reference pass", "policy": "policy, forward + backward",
           "step": "whole step"}
 LABELS = {"ours": "ours", "repeated": "repeated", "trl": "TRL"}
-CURVE_GROUPS, CURVE_PROMPTS = (2, 4, 8, 16), (256, 512, 1024, 2048, 3600)
-GRIDS, FPS = 8, 2.0  # two-frame grid steps of every video: TRL's eight images are one of them each
+CURVE_GROUPS = (2, 4, 8, 16)
+CURVE_PROMPTS = (256, 512, 1024, 2048, 3600)
+FPS = 2.0
+GRIDS = 8  # two-frame grid steps of every video: TRL's eight images are one of them each
 MIN_TEXT = 24  # the query's tokens; TRL's eight images take 14 of them for their marks
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
             "<|image_pad|>", "<|video_pad|>"]
@@ -67,10 +68,14 @@ CHAT_TEMPLATE = (
     "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 TOWER = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420)  # the published one
-SIZES = {  # language model, half of a head's width, tower; 3b and 7b are the published shapes
+PUBLISHED = ("3b", "7b")  # of the hub's Qwen2.5-VL-3B-Instruct and -7B-Instruct
+SIZES = {  # language model, half of a head's width, tower
     "5m": (dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8,
                 num_key_value_heads=2, vocab_size=320), 16,
            dict(depth=2, hidden_size=128, num_heads=4, intermediate_size=256, fullatt_block_indexes=[1])),
+    "60m": (dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+                 num_key_value_heads=2, vocab_size=32000), 32,
+            dict(depth=4, hidden_size=256, num_heads=4, intermediate_size=512, fullatt_block_indexes=[3])),
     "3b": (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
                 num_key_value_heads=2, vocab_size=151936), 64, TOWER),
     "7b": (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
@@ -98,7 +103,8 @@ def make_checkpoint(folder, size, device):
     """Write a random Qwen2.5-VL with a byte tokenizer in the Hugging Face layout -> its number of parameters."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                         additional_special_tokens=SPECIALS)
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -124,36 +130,38 @@ def make_checkpoint(folder, size, device):
 
 def make_video(tokenizer, tokens):
     """-> (frames (2 * GRIDS, 3, H, W) uint8, text): a random video and a query that make a prompt of `tokens`."""
-    room = tokens - len(data.encode_prompt(tokenizer, "", 0))
+    room = tokens - len(encode_prompt(tokenizer, "", 0))
     sides = [(h, w) for h in range(1, 80) for w in range(h, 2 * h + 1) if GRIDS * h * w <= room - MIN_TEXT]
     h, w = max(sides, key=math.prod)
     noise = torch.Generator().manual_seed(0)
-    frames = torch.randint(0, 256, (2 * GRIDS, 3, video.SIDE * h, video.SIDE * w), generator=noise, dtype=torch.uint8)
-    return frames, ("When does the person open the door? " * 10)[:room - GRIDS * h * w]
+    frames = torch.randint(0, 256, (2 * GRIDS, 3, SIDE * h, SIDE * w), generator=noise, dtype=torch.uint8)
+    text = "When does the person open the door? " * 10  # a byte is a token
+    return frames, text[:room - GRIDS * h * w]
 
 
 def make_prompt(model, processor, frames, text):
-    """What the product does between decoded frames and the model -> grpo.Prompt, on the model's device."""
+    """What data.build_prompt does, but with words of any length -> Prompt, on the model's device."""
     pixels = processor.pixels
-    patches, grid = data.patchify(frames.to(model.device), pixels["image_mean"], pixels["image_std"])
-    ids = data.encode_prompt(processor.tokenizer, text, math.prod(grid[0].tolist()) // data.MERGE**2)
-    positions = data.position_ids(ids, grid[0].tolist(), FPS, model.config.video_token_id,
-                                  model.config.vision_config.tokens_per_second)
-    return grpo.Prompt(torch.tensor(ids, device=model.device), positions.to(model.device), patches, grid)
+    patches, grid = patchify(frames.to(model.device), pixels["image_mean"], pixels["image_std"])
+    ids = encode_prompt(processor.tokenizer, text, len(patches) // MERGE**2)
+    positions = position_ids(ids, grid[0].tolist(), FPS, model.config.video_token_id,
+                             model.config.vision_config.tokens_per_second)
+    return Prompt(torch.tensor(ids, device=model.device), positions.to(model.device), patches, grid)
 
 
 class Shared:
-    """The product's passes: tower and prompt once for the group."""
+    """The program's passes: tower and prompt once for the group."""
 
     def __init__(self, folder, cell, device):
-        self.cell, self.features = cell, None
-        self.model, self.processor = runtime.load_model(folder, device)
-        self.reference, _ = runtime.load_model(folder, device)
+        self.cell = cell
+        self.features = None
+        self.model, self.processor = load_model(folder, device)
+        self.reference, _ = load_model(folder, device)
 
     def sample(self, prompt):
         """-> (G, C) ids"""
         with torch.no_grad():
-            self.features = grpo.visual_features(self.model, [prompt])
+            self.features = visual_features(self.model, [prompt])
         never = self.processor.eos[:0]
         return grpo.sample_group(self.model, [prompt], self.cell.group, self.cell.completion, never,
                                  self.processor.banned, 1.0, None, self.features).ids
@@ -166,11 +174,12 @@ class Shared:
 
 def take_steps(system, frames, text, meter, turn, args):
     """GRPO steps of `Shared` or of `baseline.Repeated`, the uncounted one and --repeats, each inside `turn()`."""
-    cell, model = system.cell, system.model
+    cell = system.cell
+    model = system.model
     model.model.visual.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     # 7b on one card: AdamW's 92 GB are sharded over ranks in training and have no room here.
-    optimizer = (torch.optim.SGD if args.size == "7b" else grpo.MasterAdamW)(parameters, lr=1e-6)
+    optimizer = (torch.optim.SGD if args.size == "7b" else MasterAdamW)(parameters, lr=1e-6)
     advantages = grpo.group_advantages(torch.linspace(0, 1, cell.group, device=model.device).unsqueeze(0)).flatten()
     mask = torch.ones(cell.group, cell.completion, dtype=torch.bool, device=model.device)
     model.train()
@@ -200,8 +209,10 @@ class Meter:
     """Seconds, CPU seconds and peak memory above idle, MiB, of named phases, which may nest and come in parts."""
 
     def __init__(self, device):
-        self.device, self.open, self.idle = device, [], 0.0
-        self.seconds, self.cpu_seconds, self.peak = (defaultdict(float) for _ in range(3))
+        self.device = device
+        self.open = []
+        self.idle = 0.0
+        self.measured = nothing_measured()
 
     def rest(self):
         """What is resident now is the idle process."""
@@ -226,26 +237,31 @@ class Meter:
         """Credit the peak so far to the phases that are open."""
         peak = self.read_peak()
         for name in self.open:
-            self.peak[name] = max(self.peak[name], peak)
+            self.measured["MiB"][name] = max(self.measured["MiB"][name], peak)
 
     @contextmanager
     def __call__(self, name):
         self.settle()
         self.open.append(name)
-        began, worked = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
+        cpu_began = time.process_time()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.seconds[name] += time.perf_counter() - began
-        self.cpu_seconds[name] += time.process_time() - worked
+        self.measured["seconds"][name] += time.perf_counter() - began
+        self.measured["cpu_seconds"][name] += time.process_time() - cpu_began
         self.settle()
         self.open.remove(name)
 
     def take(self):
         """-> what was measured since the last call, {quantity: {phase: value}}."""
-        taken = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "MiB": self.peak}
-        self.seconds, self.cpu_seconds, self.peak = (defaultdict(float) for _ in taken)
+        taken = self.measured
+        self.measured = nothing_measured()
         return taken
+
+
+def nothing_measured():
+    return {quantity: defaultdict(float) for quantity in ("seconds", "cpu_seconds", "MiB")}
 
 
 def probe(system, frames, text):
@@ -318,7 +334,8 @@ def measure(names, results, folder, cell, args):
 
     Fills `results` with {name: {idle, steps: [{quantity: {phase: value}}]} or {missing: why}}.
     """
-    context, pipes = multiprocessing.get_context("spawn"), {}
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
     for name in names:
         pipes[name], theirs = context.Pipe()
         context.Process(target=work, args=(theirs, name, folder, cell, args), daemon=True).start()
@@ -341,7 +358,8 @@ def check_logps(results, cell, device):
     """Raises SystemExit where ours and the repeated prompt do not score the same completions alike."""
     if not all("logps" in results.get(name, ()) for name in ("ours", "repeated")):
         return
-    ours, repeated = (torch.tensor(results[name].pop("logps")) for name in ("ours", "repeated"))
+    ours = torch.tensor(results["ours"].pop("logps"))
+    repeated = torch.tensor(results["repeated"].pop("logps"))
     gap = (ours - repeated).abs().max().item()
     print(f"{name_of(cell)}: log-probabilities of ours and repeated differ by {gap:.1e} at most", file=sys.stderr)
     if gap > 1e-4 and device == "cpu":  # bfloat16 differs by more
@@ -363,7 +381,8 @@ def median(result, quantity, phase):
 def table(systems, results, clock):
     """-> Markdown: medians by `clock` ("seconds", "cpu_seconds"), and in brackets how many times ours they are."""
     heads = [f"{LABELS[s]}, {unit}" for unit in ("s", "MiB") for s in systems]
-    lines = ["| prompt / completion | phase | " + " | ".join(heads) + " |", "|" + "---|" * (2 + len(heads))]
+    lines = ["| prompt / completion | phase | " + " | ".join(heads) + " |"]
+    lines.append("|" + "---|" * (2 + len(heads)))
     for cell, result in results:
         for phase, label in PHASES.items():
             row = []
@@ -372,11 +391,15 @@ def table(systems, results, clock):
                 for name in systems:
                     value = median(result[name], quantity, phase)
                     text = "" if value is None else f"{value:,.{digits}f}"
-                    row.append(text + (f" ({value / ours:.1f}x)" if value and ours and name != "ours" else ""))
+                    if value and ours and name != "ours":
+                        text += f" ({value / ours:.1f}x)"
+                    row.append(text)
             lines.append(f"| {name_of(cell)} | {label} | " + " | ".join(row) + " |")
     notes = {f"{LABELS[name]}, {name_of(cell)}: {result[name]['missing']}."
              for cell, result in results for name in systems if "missing" in result[name]}
-    return "\n".join([*lines, *([""] if notes else []), *sorted(notes)])
+    if notes:
+        lines += ["", *sorted(notes)]
+    return "\n".join(lines)
 
 
 def core_share(results):
@@ -390,15 +413,16 @@ def plot(path, results, axis, xlabel):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     figure, panels = plt.subplots(1, 2, figsize=(8.6, 3.4), layout="constrained")
     for name, colour in (("repeated", "#c44e52"), ("ours", "#2f6db3")):
         measured = [(getattr(cell, axis), r[name]) for cell, r in results if "missing" not in r[name]]
-        tokens = [x for x, _ in measured]
+        sizes = [x for x, _ in measured]
         for phase, style, label in (("step", "o-", "whole step"), ("policy", "s--", "policy pass")):
             seconds = [median(r, "seconds", phase) for _, r in measured]
-            panels[0].plot(tokens, seconds, style, color=colour, markersize=4, label=f"{LABELS[name]}, {label}")
+            panels[0].plot(sizes, seconds, style, color=colour, markersize=4, label=f"{LABELS[name]}, {label}")
         peaks = [median(r, "MiB", "step") / 1024 for _, r in measured]
-        panels[1].plot(tokens, peaks, "o-", color=colour, markersize=4, label=LABELS[name])
+        panels[1].plot(sizes, peaks, "o-", color=colour, markersize=4, label=LABELS[name])
     ticks = [getattr(cell, axis) for cell, _ in results]
     for panel, ylabel in zip(panels, ("seconds", "peak memory of the step, GiB")):
         panel.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
@@ -434,7 +458,7 @@ def parse_arguments():
         parser.error("--repeats and --threads start at 1.")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here.")
-    if args.device == "cpu" and args.size != "5m":
+    if args.device == "cpu" and args.size in PUBLISHED:
         parser.error(f"--size {args.size} wants --device cuda.")
     if args.curves and not importlib.util.find_spec("matplotlib"):
         parser.error("--curves draws with matplotlib, which is not installed.")
@@ -454,17 +478,20 @@ def main():
     versions = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "trl")
                 if importlib.util.find_spec(name)]
     args.output.mkdir(parents=True, exist_ok=True)
-    results, began = {}, time.perf_counter()
+    results = {}
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         count = make_checkpoint(Path(folder), args.size, torch.device(args.device))
-        title = ", ".join(
-            [f"{count / 1e6:,.1f}M parameters", "G = 8", on, f"medians of {args.repeats} steps", *versions])
+        repeats = f"medians of {args.repeats} steps"
+        title = ", ".join([f"{count / 1e6:,.1f}M parameters", "G = 8", on, repeats, *versions])
         for cell, systems in cells.items():
             results[cell] = {}
-            for names in [systems] if args.size == "5m" else [[name] for name in systems]:  # else two fill the card
+            alone = args.size in PUBLISHED  # two systems do not fit on a card
+            for names in [[name] for name in systems] if alone else [systems]:
                 measure(names, results[cell], folder, cell, args)
-            (args.output / "results.json").write_text(json.dumps(
-                {"title": title, "arguments": sys.argv[1:], "cells": [[*c, result] for c, result in results.items()]}))
+            measured = [[*cell, result] for cell, result in results.items()]
+            state = {"title": title, "arguments": sys.argv[1:], "cells": measured}
+            (args.output / "results.json").write_text(json.dumps(state))
             print(f"{name_of(cell)}: done after {(time.perf_counter() - began) / 60:.1f} minutes", file=sys.stderr)
 
     if args.cells:

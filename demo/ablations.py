@@ -1,107 +1,238 @@
-"""Tables of many runs: mean and spread over seeds on the toy, beside the paper's numbers.
+"""The paper's ablations on the toy: one list of runs, the two at a time that make them, and tables over seeds.
 
-    python demo/ablations.py runs/SWEEP.csv SEED ...   collect runs/demo-SEED into the file, and print its table
-    python demo/ablations.py demo/SWEEP.csv            print the table of a file collected before
+    python -m demo.ablations ablations 0 2 3    make the runs of these seeds in runs/demo-SEED/, and print their table
+    python -m demo.ablations few 0 2 3          the same for sixty annotations
+    python -m demo.ablations ablations          print the table of demo/ablations.csv, which was made before
 
-SWEEP is ablations or few; `bash train.sh SWEEP` makes the runs, and calls the first.
+What is interrupted goes on when called again. Runs are taken two at a time, with their output in runs/demo-SEED/*.log.
 """
 
 import csv
 import json
+import os
 import statistics
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 METRICS = ("R1@0.3", "R1@0.5", "R1@0.7", "mIoU", "VC", "AR", "VD")
-# (section, [(run, label, the paper's R1@0.3 / 0.5 / 0.7 or mIoU, where it prints any)])
-START = ("start", [("warm", "warm start, supervised", "")])
-SWEEPS = {"ablations": (
-    START,
-    ("Table 2: inversion tasks", [
-        ("tvg-only", "TVG only", "78.7 / 64.1 / 36.9"), ("vd", "VD", "79.1 / 64.3 / 39.4"),
-        ("ar", "AR", "78.2 / 65.2 / 43.8"), ("vc", "VC", "78.8 / 68.0 / 42.0"),
-        ("ar-vd", "AR + VD", "79.6 / 67.9 / 43.6"), ("vc-ar", "VC + AR", "78.8 / 68.1 / 43.8"),
-        ("vc-vd", "VC + VD", "80.0 / 68.5 / 42.1"), ("grpo", "all three", "80.8 / 69.0 / 44.0")]),
-    ("Figure 5: share of inversion, 1 - p", [
-        ("tvg-only", "0", "78.7 / 64.1 / 36.9"), ("grpo", "0.2", "80.8 / 69.0 / 44.0, the best"), ("p-0.6", "0.4", "curve"),
-        ("p-0.4", "0.6", "curve, below 0"), ("p-0.2", "0.8", "curve, below 0"), ("p-0.0", "1", "curve, the worst")]),
-    ("Table 3: reward of inversion", [
-        ("grpo", "binary", "80.8 / 69.0 / 44.0"), ("cosine", "cosine", "76.2 / 62.2 / 39.8")]),
-    ("Figure 1: action understanding", [
-        ("warm", "before", "bars"), ("tvg-only", "TVG only", "bars, VC, AR, VD lower"),
-        ("grpo", "with inversion", "bars, VC, AR, VD kept"), ("tvg-only-no-kl", "TVG only, no KL", ""),
-        ("grpo-no-kl", "with inversion, no KL", "")]),
-    ("Figure 6: Invert-SFT", [
-        ("warm", "before", "mIoU 18.0"), ("invert-sft", "after Invert-SFT", "mIoU 17.8"),
-        ("grpo", "trained without it", "mIoU 57.9"), ("invert-sft-grpo", "trained after it", "mIoU 57.9")]),
-    ("Figure 4: other videos, other format", [
-        ("tvg-only-transfer", "TVG only", "bars"), ("grpo-transfer", "with inversion", "bars, higher")]),
-), "few": (
-    START,
-    ("sixty annotations", [
-        ("few-tvg-only", "TVG only", ""), ("few-tvg-only-280", "TVG only, 280 iterations", ""),
-        ("few", "with inversion", "")]),
-)}
+
+# Each GRPO run and its options beyond demo/grpo.args, from the warm start unless FROM says otherwise.
+RUNS = {
+    "ablations": {
+        "tvg-only": "--p 1",
+        "grpo": "--p 0.8",
+        "vd": "--inversion-tasks vd",
+        "ar": "--inversion-tasks ar",
+        "vc": "--inversion-tasks vc",
+        "ar-vd": "--inversion-tasks ar vd",
+        "vc-ar": "--inversion-tasks vc ar",
+        "vc-vd": "--inversion-tasks vc vd",
+        "p-0.6": "--p 0.6",
+        "p-0.4": "--p 0.4",
+        "p-0.2": "--p 0.2",
+        "p-0.0": "--p 0",
+        "cosine": "--inversion-reward cosine",
+        "tvg-only-no-kl": "--p 1 --kl-coef 0",
+        "grpo-no-kl": "--p 0.8 --kl-coef 0",
+        "invert-sft-grpo": "--p 0.8",
+    },
+    # So few annotations that grounding alone learns them by heart; the last has as many grounding iterations as the
+    # first.
+    "few": {
+        "few": "--train-vision --kl-coef 0 --p 0.8",
+        "few-tvg-only": "--train-vision --kl-coef 0 --p 1",
+        "few-tvg-only-280": "--train-vision --kl-coef 0 --p 1 --iterations 280",
+    },
+}
+FROM = {"invert-sft-grpo": "invert-sft"}
+FEW_ROWS = slice(60, 120)  # the lines of train.txt that the runs of "few" see
+
+
+class Line(NamedTuple):
+    """A line of a table: a run, its label there, and the paper's R1@0.3 / 0.5 / 0.7 or mIoU, where it prints any."""
+
+    run: str
+    label: str
+    paper: str = ""
+
+
+START = {"start": [Line("warm", "warm start, supervised")]}
+TABLES = {
+    "ablations": START | {
+        "Table 2: inversion tasks": [
+            Line("tvg-only", "TVG only", "78.7 / 64.1 / 36.9"),
+            Line("vd", "VD", "79.1 / 64.3 / 39.4"),
+            Line("ar", "AR", "78.2 / 65.2 / 43.8"),
+            Line("vc", "VC", "78.8 / 68.0 / 42.0"),
+            Line("ar-vd", "AR + VD", "79.6 / 67.9 / 43.6"),
+            Line("vc-ar", "VC + AR", "78.8 / 68.1 / 43.8"),
+            Line("vc-vd", "VC + VD", "80.0 / 68.5 / 42.1"),
+            Line("grpo", "all three", "80.8 / 69.0 / 44.0")],
+        "Figure 5: share of inversion, 1 - p": [
+            Line("tvg-only", "0", "78.7 / 64.1 / 36.9"),
+            Line("grpo", "0.2", "80.8 / 69.0 / 44.0, the best"),
+            Line("p-0.6", "0.4", "curve"),
+            Line("p-0.4", "0.6", "curve, below 0"),
+            Line("p-0.2", "0.8", "curve, below 0"),
+            Line("p-0.0", "1", "curve, the worst")],
+        "Table 3: reward of inversion": [
+            Line("grpo", "binary", "80.8 / 69.0 / 44.0"),
+            Line("cosine", "cosine", "76.2 / 62.2 / 39.8")],
+        "Figure 1: action understanding": [
+            Line("warm", "before", "bars"),
+            Line("tvg-only", "TVG only", "bars, VC, AR, VD lower"),
+            Line("grpo", "with inversion", "bars, VC, AR, VD kept"),
+            Line("tvg-only-no-kl", "TVG only, no KL"),
+            Line("grpo-no-kl", "with inversion, no KL")],
+        "Figure 6: Invert-SFT": [
+            Line("warm", "before", "mIoU 18.0"),
+            Line("invert-sft", "after Invert-SFT", "mIoU 17.8"),
+            Line("grpo", "trained without it", "mIoU 57.9"),
+            Line("invert-sft-grpo", "trained after it", "mIoU 57.9")],
+        "Figure 4: other videos, other format": [
+            Line("tvg-only-transfer", "TVG only", "bars"),
+            Line("grpo-transfer", "with inversion", "bars, higher")],
+    },
+    "few": START | {
+        "sixty annotations": [
+            Line("few-tvg-only", "TVG only"),
+            Line("few-tvg-only-280", "TVG only, 280 iterations"),
+            Line("few", "with inversion")],
+    },
+}
+
+# ------------------------------------------------------------------------------------------------ making the runs
+
+
+def make_seed(sweep, seed):
+    """Make a seed's warm start, then all its runs, two at a time."""
+    out = Path(f"runs/demo-{seed}")
+    subprocess.run(["bash", "demo/warm_start.sh", str(seed)], check=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def train(name, *options):
+        return ["invert4tvg.py", "@demo/toy.args", "--videos", f"{out}/videos", "--seed", str(seed), *options,
+                "--output", f"{out}/{name}"]
+
+    def evaluate(model, name, annotations):
+        return ["evaluate.py", "--videos", f"{out}/videos", "--annotations", f"{out}/{annotations}", "--workers", "1",
+                "--micro-batch", "128", "--model", f"{out}/{model}", "--output", f"{out}/{name}"]
+
+    def commands(name):
+        """The programs behind a run, in order."""
+        rows = f"{out}/train.txt"
+        if sweep == "few":
+            rows = f"{out}/few.txt"
+            Path(rows).write_text("".join(Path(f"{out}/train.txt").read_text().splitlines(True)[FEW_ROWS]))
+        if name == "invert-sft-grpo":
+            pairs = f"{out}/invert-sft.jsonl"
+            yield ["-m", "papers.stages", "invert-sft", "--annotations", rows, "--output", pairs]
+            yield train("invert-sft", "--model", f"{out}/warm", "--demonstrations", pairs, "--inversion-format",
+                        "answer", "--iterations", "100", "--lr", "1e-4")
+            yield evaluate("invert-sft", "invert-sft-test", "test.txt")
+        options = RUNS[sweep][name].split()
+        yield train(name, "@demo/grpo.args", "--model", f"{out}/{FROM.get(name, 'warm')}", "--annotations", rows,
+                    *options)
+        yield evaluate(name, f"{name}-test", "test.txt")
+        if name in ("grpo", "tvg-only"):  # Figure 4: videos of another kind, annotations of another format
+            yield evaluate(name, f"{name}-transfer", "transfer.json")
+
+    def make(name):
+        with open(out / f"{name}.log", "a") as log:
+            for command in commands(name):
+                subprocess.run([sys.executable, *command], stdout=log, stderr=log, env=environment, check=True)
+        print(f"seed {seed}: {name} is finished", flush=True)
+
+    subprocess.run([sys.executable, *evaluate("warm", "warm-test", "test.txt")], env=environment, check=True)
+    with ThreadPoolExecutor(2) as pool:
+        made = {name: pool.submit(make, name) for name in RUNS[sweep]}
+        for name, result in made.items():
+            try:
+                result.result()
+            except subprocess.CalledProcessError as error:
+                pool.shutdown(cancel_futures=True)
+                last = (out / f"{name}.log").read_text().strip().split("\n")[-1]
+                sys.exit(f"demo.ablations: {name} of seed {seed} ended with status {error.returncode}, see "
+                         f"{out}/{name}.log: {last}")
+
+
+# ------------------------------------------------------------------------------------------------ tables
 
 
 def collect(sweep, seeds):
     """Metrics of a sweep's finished runs -> rows {seed, run, metric: percent}."""
-    rows, known = [], {run for _, lines in SWEEPS[sweep] for run, _, _ in lines}
+    known = {line.run for lines in TABLES[sweep].values() for line in lines}
+    rows = []
     for seed in seeds:
         for path in sorted(Path(f"runs/demo-{seed}").glob("*/metrics.json")):
-            metrics, run = json.loads(path.read_text()), path.parent.name.removesuffix("-test")
+            run = path.parent.name.removesuffix("-test")
             if run in known:
-                rows.append({"seed": seed, "run": run} | {m: round(metrics[m], 2) for m in METRICS})
+                metrics = json.loads(path.read_text())
+                rows.append({"seed": seed, "run": run} | {name: round(metrics[name], 2) for name in METRICS})
     return rows
 
 
 def spread(values, sign=""):
-    return "" if not values else f"{statistics.mean(values):{sign}.1f}" + (
-        f" ({statistics.stdev(values):.1f})" if len(values) > 1 else "")
+    """Mean and, of several, standard deviation in brackets."""
+    if not values:
+        return ""
+    deviation = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.1f}{deviation}"
 
 
 def gains(rows, run, metric="R1@0.7"):
     """What `run` has over grounding alone, seed by seed: seeds differ more than runs do, so only pairs compare."""
-    base = "tvg-only-transfer" if run.endswith("-transfer") else "few-tvg-only" if run.startswith("few") else "tvg-only"
-    value = {(row["run"], row["seed"]): float(row[metric]) for row in rows}
-    return [value[name, seed] - value[base, seed] for name, seed in value if name == run != base and (base, seed) in value]
+    base = "tvg-only"
+    if run.endswith("-transfer"):
+        base = "tvg-only-transfer"
+    elif run.startswith("few"):
+        base = "few-tvg-only"
+    if run == base:
+        return []
+    of_run = {row["seed"]: float(row[metric]) for row in rows if row["run"] == run}
+    of_base = {row["seed"]: float(row[metric]) for row in rows if row["run"] == base}
+    return [of_run[seed] - of_base[seed] for seed in of_run if seed in of_base]
 
 
 def table(sweep, rows):
     seeds = sorted({row["seed"] for row in rows})
     lines = [f"Mean (standard deviation) over seeds {', '.join(map(str, seeds))}; percent.", ""]
-    for section, runs in SWEEPS[sweep]:
-        lines += [f"| {section} | " + " | ".join(METRICS) + " | R1@0.7 over TVG only | the paper's |",
-                  "|---" * (len(METRICS) + 3) + "|"]
+    for section, runs in TABLES[sweep].items():
+        lines.append(f"| {section} | {' | '.join(METRICS)} | R1@0.7 minus TVG only, same seed | the paper's |")
+        lines.append("|---" * (len(METRICS) + 3) + "|")
         for run, label, paper in runs:
             found = [row for row in rows if row["run"] == run]
-            cells = [spread([float(row[m]) for row in found]) for m in METRICS]
-            cells.append(spread(gains(rows, run), "+"))
-            lines.append(f"| {label} | " + " | ".join(cells) + f" | {paper} |")
+            cells = [spread([float(row[metric]) for row in found]) for metric in METRICS]
+            lines.append(f"| {label} | {' | '.join(cells)} | {spread(gains(rows, run), '+')} | {paper} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def main(path, seeds):
-    if path.stem not in SWEEPS:
-        sys.exit(f"ablations.py: {path}: is no ablations.csv and no few.csv.")
+def main(sweep, seeds):
+    if sweep not in RUNS or not all(seed.isdigit() for seed in seeds):
+        sys.exit(f"demo.ablations: {' '.join([sweep, *seeds])}: give ablations or few, then seeds, such as 0 2 3.")
+    path = Path(f"demo/{sweep}.csv")
     if seeds:
-        rows = collect(path.stem, seeds)
-        if not rows:
-            sys.exit(f"ablations.py: no finished run of seeds {', '.join(seeds)} in runs/; "
-                     f"`bash train.sh {path.stem}` makes them.")
+        for seed in seeds:
+            make_seed(sweep, seed)
+        path = Path(f"runs/{sweep}.csv")
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, ("seed", "run", *METRICS))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(collect(sweep, seeds))
     with open(path, newline="") as file:
-        print(table(path.stem, list(csv.DictReader(file))))
+        print(table(sweep, list(csv.DictReader(file))))
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]), sys.argv[2:])
-    except OSError as error:
-        sys.exit(f"ablations.py: {error}")
-    except IndexError:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
+    try:
+        main(sys.argv[1], sys.argv[2:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"demo.ablations: a stage ended with status {error.returncode}; its message stands above.")

@@ -1,6 +1,6 @@
 """A toy Charades-STA and a tiny Qwen2.5-VL, in the same file formats as the real ones.
 
-    python demo/make_demo.py FOLDER [--seed 0] [--videos TRAIN VAL TEST]
+    python -m demo.make_demo FOLDER [--seed 0] [--videos TRAIN VAL TEST]
 
 writes videos/*.mp4 (one coloured shape performs three actions, with pauses), train.txt, val.txt and test.txt
 (Charades-STA's "VID start end##sentence"), transfer.json (ActivityNet's format; other videos, of two actions),
@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from functools import partial
@@ -43,11 +44,12 @@ CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content 
 
 def script(rng, actions):
     """-> (colour, shape, [(start, end, verb)] * actions, seconds): different actions on a half-second grid."""
-    halves = rng.integers(3, 8, size=actions)  # 1.5 to 3.5 seconds each
+    halves = rng.integers(3, 8, size=actions)  # half seconds: 1.5 to 3.5 seconds each
     total = max(int(rng.integers(16, 25)), int(halves.sum()) + 2)  # 8 to 12 seconds
     gaps = rng.multinomial(total - halves.sum(), [1 / (actions + 1)] * (actions + 1))
     verbs = rng.choice(VERBS, size=actions, replace=False)
-    events, at = [], 0
+    events = []
+    at = 0
     for gap, length, verb in zip(gaps, halves, verbs):
         events.append(((at + gap) / 2, (at + gap + length) / 2, str(verb)))
         at += gap + length
@@ -59,7 +61,8 @@ def pose(verb, done, half):
 
     `done` runs from 0 to 1 over the action, `half` counts half seconds since its start.
     """
-    dx, dy, size, angle, opacity = 0.0, 0.0, 1.0, 0.0, 1.0
+    dx = dy = angle = 0.0
+    size = opacity = 1.0
     beat = math.sin(math.pi * (half + 0.5) / 1.0)  # +1, -1, +1, ... on the half-second grid
     if verb == "jumping":
         dy = -7 * (1 + beat)
@@ -136,7 +139,7 @@ def write_demonstrations(path, rows, tvg_copies, inversions, rng):
 
 
 def write_cold_start(path, rows, long_share, rng):
-    """TVG-R1's cold start: completions that think the query and, a share of them, go on with the action and its times."""
+    """TVG-R1's cold start: completions that think the query; a share of them goes on with the action and its times."""
     lines = []
     for name, start, end, sentence, seconds in rows:
         query = sentence.rstrip(".")
@@ -148,7 +151,7 @@ def write_cold_start(path, rows, long_share, rng):
 
 
 def write_anchors(path, rows, rng):
-    """Answers to the prompt that asks for anchors; ANCHOR_SHARE of them hold two or three, wrong by up to half a second."""
+    """Answers to the prompt that asks for anchors; ANCHOR_SHARE of them hold two or three, up to half a second off."""
     lines = []
     for name, start, end, sentence, seconds in rows:
         anchors = ""
@@ -206,14 +209,23 @@ def make_model(folder, seed):
     return sum(p.numel() for p in model.parameters())
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m demo.make_demo", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--videos", type=int, nargs=3, default=(1200, 150, 150), metavar=("TRAIN", "VAL", "TEST"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**32 or min(args.videos) < 1:
         parser.error("--seed lies between 0 and 4294967295, and there is at least one video of each kind.")
+    made_with = {"seed": args.seed, "videos": list(args.videos)}
+    record = args.folder / "demo.json"  # written last: the folder is complete
+    if record.exists():
+        before = json.loads(record.read_text())
+        if before != made_with:
+            sys.exit(f"{args.folder} was made with {before}, not with {made_with}; name another folder.")
+        print(f"{args.folder} is there already")
+        return
     splits = dict(zip(("train", "val", "test", "transfer"), (*args.videos, args.videos[2])))
     videos = args.folder / "videos"
     videos.mkdir(parents=True, exist_ok=True)
@@ -238,6 +250,7 @@ def main():
     write_cold_start(args.folder / "cold-start.jsonl", rows["train"], 0.5, rng)
     write_anchors(args.folder / "anchors.jsonl", rows["train"], rng)
     parameters = make_model(args.folder / "model", args.seed)
+    record.write_text(json.dumps(made_with) + "\n")
     counts = ", ".join(f"{len(rows[split])} {split} rows" for split in splits)
     print(f"{args.folder}: {sum(splits.values())} videos, {counts}, a model of {parameters:,} parameters")
 

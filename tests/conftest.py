@@ -1,39 +1,45 @@
-"""What the tests share: a tiny random Qwen2.5-VL with a byte tokenizer, small videos, and the programs themselves.
-
-The tests reach the training loop and the evaluation only through the functions under "the programs": they start a run,
-read what it wrote, put scripted texts in the sampler's place and listen to what reaches the loss.
-"""
+"""What the tests share: a tiny random Qwen2.5-VL with a byte tokenizer, prompts, small videos, whole small runs."""
 
 import contextlib
 import dataclasses
 import inspect
 import json
 import os
-import sys
+import signal
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact comparisons: float32 on the CPU, wherever the tests run
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is so small that threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too: waiting threads make a busy machine crawl
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import av  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
+import av
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import data  # noqa: E402
-import evaluate  # noqa: E402
-import grpo  # noqa: E402
-import invert4tvg  # noqa: E402
-import runtime  # noqa: E402
+import data
+import engine.verbs
+import evaluate
+import grpo
+import invert4tvg
+import rewards
+from engine.attention import Prompt, install_attention
+from engine.checkpoints import newest_checkpoint
+from engine.prompts import encode_prompt, patchify, position_ids
+from engine.runtime import run, setup_distributed
+from engine.settings import parse_settings
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+
+# ---- A model and its tokenizer
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
             "<|image_pad|>", "<|video_pad|>"]
@@ -53,6 +59,10 @@ def byte_tokenizer():
     return tokenizer
 
 
+def token_ids(tokenizer, *names):
+    return torch.tensor([tokenizer.convert_tokens_to_ids(name) for name in names])
+
+
 def tiny_model(tokenizer, vocab_size=None, seed=0, **text):
     """A random float32 Qwen2.5-VL of two layers whose initial range makes its outputs differ clearly."""
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
@@ -61,15 +71,15 @@ def tiny_model(tokenizer, vocab_size=None, seed=0, **text):
                 num_key_value_heads=2, vocab_size=vocab_size or len(tokenizer), initializer_range=0.1,
                 bos_token_id=None, eos_token_id=ids["im_end"], pad_token_id=None,
                 rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 1, 1]}) | text
+    vision = dict(depth=2, hidden_size=16, num_heads=2, intermediate_size=32, out_hidden_size=text["hidden_size"],
+                  fullatt_block_indexes=[1], tokens_per_second=2, initializer_range=0.1)
     config = Qwen2_5_VLConfig(
-        text_config=text, tie_word_embeddings=False, video_token_id=ids["video_pad"],
+        text_config=text, vision_config=vision, tie_word_embeddings=False, video_token_id=ids["video_pad"],
         image_token_id=ids["image_pad"], vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
-        vision_config=dict(depth=2, hidden_size=16, num_heads=2, intermediate_size=32, out_hidden_size=text["hidden_size"],
-                           fullatt_block_indexes=[1], tokens_per_second=2, initializer_range=0.1))
+        vision_end_token_id=ids["vision_end"])
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration._from_config(config)
-    grpo.speed_up(model)
+    install_attention(model)
     return model
 
 
@@ -94,22 +104,98 @@ def checkpoint(tmp_path_factory, tokenizer):
     return folder
 
 
-def write_video(path, times, size=(56, 56), time_base=1000, gop=12):
-    """An H.264 file whose frame at time t (seconds) is grey level 20 * i for the i-th frame; times may be irregular."""
-    from fractions import Fraction
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30, options={"g": str(gop), "crf": "10", "preset": "ultrafast"})
-        stream.width, stream.height, stream.pix_fmt = size[1], size[0], "yuv420p"
-        stream.codec_context.time_base = stream.time_base = Fraction(1, time_base)
+# ---- Prompts
+
+
+def make_prompt(tokenizer, model, height, width, frames, text, fps=0.4, seed=0):
+    """A prompt over random frames; fps 0.4 makes the video's time positions run past the prompt's length."""
+    noise = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 255, (frames, 3, height, width), dtype=torch.uint8, generator=noise)
+    patches, grid = patchify(images, [0.5] * 3, [0.3] * 3)
+    ids = encode_prompt(tokenizer, text, len(patches) // 4)
+    positions = position_ids(ids, grid[0].tolist(), fps, model.config.video_token_id, 2)
+    return Prompt(torch.tensor(ids), positions, patches, grid)
+
+
+@pytest.fixture()
+def prompts(tokenizer, model):
+    """Two prompts of different length and frame size."""
+    return [make_prompt(tokenizer, model, 56, 84, 24, "when is the door opened"),
+            make_prompt(tokenizer, model, 28, 56, 12, "add a verb", seed=1)]
+
+
+@pytest.fixture()
+def banned(tokenizer):
+    return token_ids(tokenizer, "<|video_pad|>", "<|image_pad|>")
+
+
+# ---- Texts
+
+
+@pytest.fixture
+def tagged(monkeypatch):
+    """The texts that reach spaCy's pipeline during a test."""
+    seen = []
+    tag_words = engine.verbs.tag_words
+
+    def spy(texts):
+        seen.extend(texts)
+        return tag_words(texts)
+
+    monkeypatch.setattr(engine.verbs, "tag_words", spy)
+    rewards.described_verbs.cache_clear()
+    return seen
+
+
+# ---- Videos. Frame i is a grey of level 8 + 6 i, so a clip tells which frames it holds.
+
+TEN_HZ = [k / 10 for k in range(40)]  # 4 seconds
+
+
+def write_video(path, times=TEN_HZ, size=(56, 56), codec="libx264", pixels="yuv420p", unit=1000, picture=None,
+                audio_from=None, container=None, container_options=None, **options):
+    """A video with frames at `times` in seconds, counted in 1 / `unit` s; `audio_from` adds four seconds of silence.
+
+    `picture` (H, W, 3) is all its frames, or (N, H, W, 3) each of them.
+    """
+    options = {"g": "12", "bf": "0"} | ({"crf": "4", "preset": "ultrafast"} if codec == "libx264" else {}) | options
+    with av.open(str(path), "w", format=container, options=container_options or {}) as file:
+        stream = file.add_stream(codec, rate=unit if unit < 100 else 30, options=options)
+        stream.height, stream.width, stream.pix_fmt, stream.bit_rate = *size, pixels, 4_000_000
+        stream.codec_context.time_base = stream.time_base = Fraction(1, unit)
+        if audio_from is not None:
+            audio = file.add_stream("aac", rate=16000, layout="mono")
+            for k in range(4 * 16000 // 1024):
+                silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                silence.sample_rate, silence.pts = 16000, int(audio_from * 16000) + 1024 * k
+                file.mux(audio.encode(silence))
+            file.mux(audio.encode())
         for i, t in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 20 * i % 240, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = round(t * time_base), Fraction(1, time_base)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            if picture is None:
+                image = np.full((*size, 3), 8 + 6 * i % 246, np.uint8)
+            else:
+                image = picture if picture.ndim == 3 else picture[i]
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = round(t * unit), Fraction(1, unit)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
     return path
 
 
-# ------------------------------------------------------------------------------------------------ the programs
+def shown(clip):
+    """Which frame each picture of a clip is, read from its grey level."""
+    return ((clip.frames.float().mean((1, 2, 3)) - 8) / 6).round().int().tolist()
+
+
+# ---- Whole runs
+
+
+@pytest.fixture()
+def alone():
+    """A process group of one -> its device."""
+    yield setup_distributed()
+    dist.destroy_process_group()
+
 
 QUERIES = ("person opens the door", "a person is sitting down", "a red lamp", "the man runs and laughs")
 
@@ -127,36 +213,66 @@ def make_config(folder, model):
         iterations=4, lr=1e-3, p=0.5)
 
 
-def write_lines(path, rows):
-    """A jsonl file of `rows` -> its path, a string."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+@pytest.fixture()
+def config(tmp_path, checkpoint):
+    return make_config(tmp_path, checkpoint)
+
+
+@pytest.fixture(scope="session")
+def babbler(tmp_path_factory, checkpoint):
+    """The tiny model after a short supervised stage: its answers are sometimes well-formed, so that rewards differ."""
+    folder = tmp_path_factory.mktemp("babbler")
+    config = make_config(folder, checkpoint)
+    completion = "<think>a</think><answer>1 to 2</answer>"
+    line = {"video": "AAA", "query": "person runs", "start": 0, "end": 2, "completion": completion}
+    demonstrations = "".join(json.dumps(line | {"task": task}) + "\n" for task in rewards.TASKS)
+    (folder / "demos.jsonl").write_text(demonstrations)
+    train(config, demonstrations=str(folder / "demos.jsonl"), micro_batch=4, accumulation=1, iterations=40, lr=1.5e-2,
+          gradient_checkpointing=False)
+    return newest_checkpoint(config.output)
+
+
+@pytest.fixture()
+def lively(config, babbler):
+    """A run whose policy moves."""
+    return dataclasses.replace(config, model=str(babbler), max_new_tokens=40)
 
 
 def train(config, **changes):
-    """Run Algorithm 1 -> the output folder."""
-    config = dataclasses.replace(config, **changes)
-    runtime.run(invert4tvg.train, config)
+    """Run invert4tvg.py, but for the handlers of signals that it leaves behind -> the output folder."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        config = dataclasses.replace(config, **changes)
+        run(invert4tvg.train, config)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return config.output
 
 
 def measure(settings, **changes):
     """Run evaluate.py -> its metrics."""
     settings = dataclasses.replace(settings, **changes)
-    runtime.run(evaluate.main, settings)
+    run(evaluate.main, settings)
     return json.loads((Path(settings.output) / "metrics.json").read_text())
+
+
+def parse(cls, *argv):
+    """Settings from a command line."""
+    return parse_settings(cls, "", [str(word) for word in argv])
 
 
 def demonstrated(config):
     """What the supervised stage of `config` learns from -> a list of (query, completion, task)."""
     found = []
-    runtime.run(lambda config, device: found.extend(zip(*invert4tvg.load_data(config))), config)
+    run(lambda config, device: found.extend(zip(*data.load_imitated(config))), config)
     return [(sample.query, completion, task) for sample, completion, task in found]
 
 
-def parse(cls, *argv):
-    """Settings from a command line."""
-    return runtime.parse_settings(cls, "", [str(word) for word in argv])
+def write_lines(path, rows):
+    """A jsonl file of `rows` -> its path, a string."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def lines_of(path):
@@ -174,7 +290,10 @@ def rollouts_of(output, rank=0):
 
 
 def weights_of(output):
-    return load_file(runtime.newest_checkpoint(output) / "model.safetensors")
+    return load_file(newest_checkpoint(output) / "model.safetensors")
+
+
+# ---- Scripted answers
 
 
 class Call(NamedTuple):
@@ -198,7 +317,8 @@ def scripted(*texts):
     Completion n of a call, counted over all ranks, is text n; after the last text the first comes again. A text that is
     longer than the limit is cut off, as a sampled one is.
     """
-    calls, tokenizer = [], byte_tokenizer()
+    calls = []
+    tokenizer = byte_tokenizer()
 
     def write(model, prompts, G, max_new_tokens, eos, banned, temperature=1.0, generator=None, features=None):
         calls.append(Call(prompts, G, max_new_tokens, temperature))
@@ -221,7 +341,8 @@ def scripted(*texts):
 @contextlib.contextmanager
 def losses(change=lambda loss: loss):
     """Listen to the loss -> a list that gets the arguments of each call by name; `change` alters what it returns."""
-    calls, plain = [], grpo.grpo_loss
+    calls = []
+    plain = grpo.grpo_loss
 
     def listening(*args, **kwargs):
         bound = inspect.signature(plain).bind(*args, **kwargs)
@@ -238,25 +359,3 @@ def losses(change=lambda loss: loss):
 def reply(answer):
     """A well-formed completion."""
     return f"<think>a</think><answer>{answer}</answer>"
-
-
-@pytest.fixture()
-def config(tmp_path, checkpoint):
-    return make_config(tmp_path, checkpoint)
-
-
-@pytest.fixture(scope="session")
-def babbler(tmp_path_factory, checkpoint):
-    """The tiny model after a short supervised stage: its answers are sometimes well-formed, so that rewards differ."""
-    folder = tmp_path_factory.mktemp("babbler")
-    config = make_config(folder, checkpoint)
-    line = {"video": "AAA", "query": "person runs", "start": 0, "end": 2, "completion": reply("1 to 2")}
-    demonstrations = write_lines(folder / "demos.jsonl", [line | {"task": task} for task in data.PROMPTS])
-    train(config, demonstrations=demonstrations, micro_batch=4, accumulation=1, iterations=60, lr=1e-2)
-    return runtime.newest_checkpoint(config.output)
-
-
-@pytest.fixture()
-def lively(config, babbler):
-    """A run whose policy moves."""
-    return dataclasses.replace(config, model=str(babbler), max_new_tokens=40)

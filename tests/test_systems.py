@@ -1,32 +1,26 @@
 """Every system and every ablation on the demo's data, a few iterations each, through the programs' command lines."""
 
 import json
-import re
-import sys
 from pathlib import Path
 
 import pytest
 
 import evaluate
 import invert4tvg
-import runtime
-import stages
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "demo"))
-import make_demo  # noqa: E402
+from demo import ablations, make_demo
+from engine.runtime import run
+from engine.settings import parse_settings
+from papers import stages
 
 CLIPS = ["--min-frame-pixels", "784", "--max-frame-pixels", "784", "--max-new-tokens", "24", "--workers", "0"]
-RUNS = re.findall(r"^(?:ABLATIONS|FEW)='(.*?)'", (ROOT / "train.sh").read_text(), re.DOTALL | re.MULTILINE)
+RUNS = [(name, options) for runs in ablations.RUNS.values() for name, options in runs.items()]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The demo's files with eight training videos, and a model that has seen the answers' format."""
     folder = tmp_path_factory.mktemp("demo")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["make_demo.py", str(folder), "--videos", "8", "2", "2"])
-        make_demo.main()
+    make_demo.main([str(folder), "--videos", "8", "2", "2"])
     train(folder, "warm", "--model", folder / "model", "--demonstrations", folder / "warmup-1.jsonl", "--train-vision",
           "--iterations", 60, "--lr", 4e-3)
     return folder
@@ -35,14 +29,15 @@ def demo(tmp_path_factory):
 def train(folder, name, *argv):
     """Run invert4tvg.py -> its log."""
     argv = [*CLIPS, "--videos", folder / "videos", "--micro-batch", 4, "--output", folder / name, *argv]
-    runtime.run(invert4tvg.train, runtime.parse_settings(invert4tvg.Config, "", list(map(str, argv))))
+    run(invert4tvg.train, parse_settings(invert4tvg.Config, "", list(map(str, argv))))
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
 def measure(folder, name, *argv):
-    """Run evaluate.py -> its metrics."""
-    argv = [*CLIPS, "--videos", folder / "videos", "--micro-batch", 32, "--output", folder / name, *argv]
-    runtime.run(evaluate.main, runtime.parse_settings(evaluate.EvalSettings, "", list(map(str, argv))))
+    """Run evaluate.py, which reads most of its options from the checkpoint's run.json -> its metrics."""
+    argv = ["--workers", 0, "--videos", folder / "videos", "--micro-batch", 32, "--output", folder / name, *argv]
+    settings = parse_settings(evaluate.EvalSettings, "", list(map(str, argv)), inherit=evaluate.trained_with)
+    run(evaluate.main, settings)
     return json.loads((folder / name / "metrics.json").read_text())
 
 
@@ -72,8 +67,8 @@ def test_time_r1(demo):
 
 def test_tar_tvg(demo):
     anchors = "--tvg-reward", "anchors", "--max-new-tokens", 48
-    train(demo, "tar-0", "--model", demo / "warm", "--demonstrations", demo / "anchors.jsonl", *anchors, "--iterations", 30,
-          "--lr", 4e-3)
+    train(demo, "tar-0", "--model", demo / "warm", "--demonstrations", demo / "anchors.jsonl", *anchors,
+          "--iterations", 30, "--lr", 4e-3)
     log = train(demo, "tar-1", "--model", demo / "tar-0", "--annotations", demo / "train.txt", *anchors, "--p", 1,
                 "--iterations", 2, "--save-rollouts")
     for row in log:
@@ -82,8 +77,9 @@ def test_tar_tvg(demo):
     assert len(rollouts) == 2 * 4 * 8 and sum(r["parts"]["anchors"] for r in rollouts) == pytest.approx(
         32 * sum(row["tvg/anchors"] for row in log))
 
-    good = rollouts[0] | {"completion": "<think> the <timestamp> 0.0 to 12.0 </timestamp> <timestamp> {start} to 12.0 "
-                                        "</timestamp> </think> <answer> {start} to {end} </answer>".format(**rollouts[0])}
+    text = ("<think> the <timestamp> 0.0 to 12.0 </timestamp> <timestamp> {start} to 12.0 </timestamp> </think> "
+            "<answer> {start} to {end} </answer>")
+    good = rollouts[0] | {"completion": text.format(**rollouts[0])}
     with open(demo / "tar-1" / "rollouts.1.jsonl", "w") as file:  # another rank's
         file.write(json.dumps(good) + "\n")
     stage("anchors", "--rollouts", demo / "tar-1", "--output", demo / "tar-2.jsonl")
@@ -93,8 +89,7 @@ def test_tar_tvg(demo):
     assert log[-1]["nll"] < 0.5 * log[0]["nll"]
     train(demo, "tar-3", "--model", demo / "tar-2", "--annotations", demo / "train.txt", *anchors, "--p", 1,
           "--iterations", 1)
-    metrics = measure(demo, "tar-test", "--model", demo / "tar-3", "--annotations", demo / "test.txt", *anchors, "--tasks",
-                      "tvg")
+    metrics = measure(demo, "tar-test", "--model", demo / "tar-3", "--annotations", demo / "test.txt", "--tasks", "tvg")
     assert 0 <= metrics["2-4 anchors"] <= 100 and metrics["rows"] == {"tvg": 6}
 
 
@@ -113,7 +108,7 @@ def test_tvg_r1(demo):
         assert row["tvg/total"] == pytest.approx(0.1 * row["tvg/format"] + 0.9 * row["tvg/iou"])
 
 
-@pytest.mark.parametrize("name, options", [line.split(maxsplit=1) for line in "\n".join(RUNS).splitlines()])
+@pytest.mark.parametrize("name, options", RUNS)
 def test_ablations(demo, name, options):
     log = train(demo, f"ablation-{name}", "--model", demo / "warm", "--annotations", demo / "train.txt", "--seed", 3,
                 *options.split(), "--iterations", 2)
@@ -125,6 +120,5 @@ def test_zero_shot_transfer_is_one_command(demo):
     log = train(demo, "transfer", "--model", demo / "warm", "--annotations", demo / "train.txt", "--iterations", 1,
                 "--eval-every", 1, "--eval-annotations", demo / "transfer.json", "--eval-limit", 0)
     assert [row["iteration"] for row in log if row["task"] == "eval"] == [0, 1]
-    rows = [json.loads(line) for line in (demo / "transfer" / "eval-000001" / "predictions.0.jsonl").read_text().split("\n")
-            if line]
+    rows = evaluate.read_predictions(demo / "transfer" / "eval-000001")
     assert {Path(row["video"]).name for row in rows} == {"TRANSFER0000.mp4", "TRANSFER0001.mp4"}

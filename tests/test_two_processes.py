@@ -13,8 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (lines_of, log_of, make_config, measure, reply, rollouts_of, scripted, train, weights_of,
-                      write_lines, write_video)
+from conftest import (
+    lines_of,
+    log_of,
+    make_config,
+    measure,
+    reply,
+    rollouts_of,
+    scripted,
+    train,
+    weights_of,
+    write_lines,
+    write_video,
+)
 from safetensors.torch import load_file
 
 import evaluate
@@ -47,7 +58,7 @@ def jobs(tmp_path_factory, checkpoint):
     """
     folder = tmp_path_factory.mktemp("jobs")
     base = make_config(folder, checkpoint)
-    write_video(folder / "videos" / "BBB.mp4", [i / 5 for i in range(25)], size=(56, 56), gop=5)
+    write_video(folder / "videos" / "BBB.mp4", [i / 5 for i in range(25)], size=(56, 56), g="5")
     (folder / "one.txt").write_text("AAA 0 2##person opens the door.\n")
     demonstrations = [{"video": "AB"[i % 2] * 3, "query": f"query {i}", "start": 0, "end": 2, "task": "vd",
                        "completion": "x" * n} for i, n in enumerate((1, 30, 8, 48))]
@@ -121,7 +132,7 @@ def test_one_process_goes_on_with_what_two_have_saved(jobs, tmp_path):
     states = [torch.load(tmp_path / "checkpoint-000001" / f"optimizer.{rank}.pt") for rank in (0, 1)]
     assert states[0] and states[1] and not states[0].keys() & states[1].keys()  # a share each
     with scripted(*TEXTS):
-        train(jobs["completion alone"], output=str(tmp_path), resume=True)
+        train(jobs["completion alone"], output=str(tmp_path))
     resumed = dataclasses.replace(jobs["completion"], output=str(tmp_path))
     assert difference(resumed, jobs["completion"]) < 1e-5
 

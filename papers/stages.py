@@ -1,9 +1,9 @@
 """What stands between two stages: files in, files out. The training loop knows nothing of it.
 
-    python stages.py invert-sft --annotations FILE --output DEMOS.jsonl
-    python stages.py longest    --demonstrations FILE --share 0.5 --output DEMOS.jsonl
-    python stages.py anchors    --rollouts FOLDER --output DEMOS.jsonl
-    python stages.py difficulty --annotations FILE --predictions FOLDER --difficulty 0.1 0.7 --output ROWS.json
+    python -m papers.stages invert-sft --annotations FILE --output DEMOS.jsonl
+    python -m papers.stages longest    --demonstrations FILE --share 0.5 --output DEMOS.jsonl
+    python -m papers.stages anchors    --rollouts FOLDER --output DEMOS.jsonl
+    python -m papers.stages difficulty --annotations FILE --predictions FOLDER --difficulty 0.1 0.7 --output ROWS.json
 
 invert-sft  Invert4TVG, Appendix D: the ground-truth clip -> its query, for `invert4tvg.py --demonstrations DEMOS.jsonl
             --inversion-format answer`
@@ -21,15 +21,16 @@ from pathlib import Path
 
 import numpy as np
 
-import data
-import evaluate
 import rewards
-from runtime import UserError, option
+from engine.annotations import demonstration_row, load_annotations, load_demonstrations
+from engine.settings import UserError
+from evaluate import evenly_spaced, read_predictions
+from papers.rewards import ANCHORS_WANTED, GROUNDINGS, parse_anchors
 
 
 def invert_sft(samples):
     """Appendix D's pairs: the clip of every row with start < end, asked for as a VD prompt, and its query."""
-    return [data.demonstration_row(s, "vd", f"<answer>{s.query}</answer>") for s in samples if s.start < s.end]
+    return [demonstration_row(s, "vd", f"<answer>{s.query}</answer>") for s in samples if s.start < s.end]
 
 
 def longest(lines, share):
@@ -53,15 +54,18 @@ def select_anchors(rollouts, min_anchors=2, min_iou=0.5):
         left = [r for r in left if holds(r)]
         counts.append((name, len(left)))
 
+    def anchors(r):
+        return parse_anchors(r["completion"])
+
+    def is_well_formed(r):
+        form = rewards.format_reward("tvg", r["completion"], rewards.Scoring(GROUNDINGS["anchors"]))
+        return form == 1 and None not in anchors(r) and len(anchors(r)) <= ANCHORS_WANTED[-1]
+
     def ious(r):  # of the anchors, then of the answer
-        spans = [*rewards.parse_anchors(r["completion"]), rewards.parse_span(r["completion"])]
+        spans = [*anchors(r), rewards.parse_span(r["completion"])]
         return [rewards.temporal_iou(span, (r["start"], r["end"])) for span in spans]
 
-    def anchors(r):
-        return rewards.parse_anchors(r["completion"])
-
-    rule("well-formed", lambda r: rewards.format_reward("tvg", r["completion"], tvg_reward="anchors") == 1
-         and None not in anchors(r) and len(anchors(r)) <= rewards.ANCHORS_WANTED[-1])
+    rule("well-formed", is_well_formed)
     rule(f"at least {min_anchors} anchors", lambda r: len(anchors(r)) >= min_anchors)
     rule("IoU never falls from anchor to anchor and to the answer", lambda r: ious(r) == sorted(ious(r)))
     rule(f"IoU of the answer at least {min_iou:g}", lambda r: ious(r)[-1] >= min_iou)
@@ -78,11 +82,13 @@ def mean_ious(predictions, samples):
         if p["task"] == "tvg":
             s = samples[p["row"]] if p["row"] < len(samples) else None
             if s is None or (p["query"], *p["truth"]) != (s.query, s.start, s.end):
-                raise UserError(f"the predictions are of another annotation file: their row {p['row']} is {p['query']!r}.")
+                raise UserError(f"the predictions are of another annotation file: their row {p['row']} is "
+                                f"{p['query']!r}.")
             found[p["row"]].append(p["parts"]["iou"])
     missing = sum(not ious for ious in found)
     if missing:
-        raise UserError(f"{missing} of {len(samples)} rows have no prediction; run evaluate.py --tasks tvg on all rows.")
+        raise UserError(f"{missing} of {len(samples)} rows have no prediction; run evaluate.py --tasks tvg on all of "
+                        "them.")
     return np.array([np.mean(ious) for ious in found])
 
 
@@ -98,14 +104,15 @@ def choose_rows(difficulty, low, high, keep=0, choose="even", seed=0):
             weights = np.exp(-(difficulty[rows] - 0.3) ** 2 / (2 * 0.2**2))
             rows = np.random.default_rng(seed).choice(rows, keep, replace=False, p=weights / weights.sum())
         else:
-            rows = rows[np.argsort(difficulty[rows], kind="stable")][evaluate.evenly_spaced(len(rows), keep)]
+            rows = rows[np.argsort(difficulty[rows], kind="stable")][evenly_spaced(len(rows), keep)]
     return sorted(int(row) for row in rows)
 
 
 def histogram(difficulty, kept):
     """-> lines: how many rows, and how many of those kept, have a mean IoU in each tenth."""
     tenths = np.minimum((difficulty * 10).astype(int), 9)
-    everywhere, chosen = np.bincount(tenths, minlength=10), np.bincount(tenths[kept], minlength=10)
+    everywhere = np.bincount(tenths, minlength=10)
+    chosen = np.bincount(tenths[kept], minlength=10)
     widest = max(everywhere.max(), 1)
     lines = ["mean IoU     rows   kept"]
     for i, (n, k) in enumerate(zip(everywhere, chosen)):
@@ -132,74 +139,116 @@ def read_rollouts(folder):
     return rows
 
 
+# ------------------------------------------------------------------------------------------------ the program
+
+
+def run_invert_sft(args):
+    samples = load_annotations(args.annotations, "", args.single_window)
+    rows = invert_sft(samples)
+    print(f"{len(samples)} rows, {len(rows)} with start < end")
+    return rows
+
+
+def run_longest(args):
+    demonstrations = load_demonstrations(args.demonstrations, "", rewards.TASKS)
+    lines = [demonstration_row(d.sample, d.task, d.completion) for d in demonstrations]
+    rows = longest(lines, args.share)
+    print(f"{len(lines)} demonstrations of {mean_words(lines):.1f} words, {len(rows)} kept of {mean_words(rows):.1f}")
+    return rows
+
+
+def mean_words(lines):
+    return np.mean([len(line["completion"].split()) for line in lines])
+
+
+def run_anchors(args):
+    rows, counts = select_anchors(read_rollouts(args.rollouts), args.min_anchors, args.min_iou)
+    rows = [rows[i] for i in evenly_spaced(len(rows), args.keep)]
+    for name, count in [*counts, ("kept, evenly over the training", len(rows))]:
+        print(f"{count:9,}  {name}")
+    return rows
+
+
+def run_difficulty(args):
+    samples = load_annotations(args.annotations, "", args.single_window)
+    if not Path(args.predictions).is_dir():
+        raise UserError(f"--predictions {args.predictions}: is no folder; give the --output of evaluate.py.")
+    difficulty = mean_ious(read_predictions(args.predictions), samples)
+    low, high = args.difficulty
+    kept = choose_rows(difficulty, low, high, args.keep, args.choose, args.seed)
+    print("\n".join(histogram(difficulty, kept)))
+    print(f"{len(kept)} of {len(samples)} rows kept, mean IoU {difficulty.mean():.3f}")
+    rows = []
+    for i in kept:
+        s = samples[i]
+        rows.append({"video": Path(s.video).name, "duration": s.duration, "timestamp": [s.start, s.end],
+                     "sentence": s.query, "qid": s.qid, "difficulty": round(100 * difficulty[i], 2)})
+    return rows
+
+
+STAGES = {"invert-sft": run_invert_sft, "longest": run_longest, "anchors": run_anchors, "difficulty": run_difficulty}
+
+
 def main(args):
-    if args.stage in ("invert-sft", "difficulty"):
-        samples = data.load_annotations(args.annotations, "", args.single_window)
-    if args.stage == "invert-sft":
-        rows = invert_sft(samples)
-        print(f"{len(samples)} rows, {len(rows)} with start < end")
-    elif args.stage == "longest":
-        demonstrations = data.load_demonstrations(args.demonstrations, "")
-        lines = [data.demonstration_row(d.sample, d.task, d.completion) for d in demonstrations]
-        rows = longest(lines, args.share)
-        mean = lambda part: np.mean([len(line["completion"].split()) for line in part])  # noqa: E731
-        print(f"{len(lines)} demonstrations of {mean(lines):.1f} words, {len(rows)} kept of {mean(rows):.1f}")
-    elif args.stage == "anchors":
-        rows, counts = select_anchors(read_rollouts(args.rollouts), args.min_anchors, args.min_iou)
-        rows = [rows[i] for i in evaluate.evenly_spaced(len(rows), args.keep)]
-        print("\n".join(f"{count:9,}  {name}" for name, count in [*counts, ("kept, evenly over the training", len(rows))]))
-    else:
-        low, high = args.difficulty
-        if not Path(args.predictions).is_dir():
-            raise UserError(f"--predictions {args.predictions}: is no folder; give the --output of evaluate.py.")
-        difficulty = mean_ious(evaluate.read_predictions(args.predictions), samples)
-        kept = choose_rows(difficulty, low, high, args.keep, args.choose, args.seed)
-        rows = [{"video": Path(s.video).name, "duration": s.duration, "timestamp": [s.start, s.end], "sentence": s.query,
-                 "qid": s.qid, "difficulty": round(100 * d, 2)} for s, d in ((samples[i], difficulty[i]) for i in kept)]
-        print("\n".join(histogram(difficulty, kept)))
-        print(f"{len(rows)} of {len(samples)} rows kept, mean IoU {difficulty.mean():.3f}")
+    rows = STAGES[args.stage](args)
     if not rows:
         raise UserError(f"no row is left for {args.output}; look at the input, or widen the thresholds.")
+    if args.stage == "difficulty":  # a list of annotations; the others are demonstrations, one a line
+        text = json.dumps(rows, indent=0) + "\n"
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(rows, indent=0) + "\n" if args.stage == "difficulty"
-                      else "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    output.write_text(text, encoding="utf-8")
     print(output)
 
 
+def number(kind, low, high):
+    """-> an argparse type: a number of `kind` from `low` to `high`."""
+    def parse_number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"it is {text} and lies between {low:g} and {high:g}")
+        return value
+
+    return parse_number
+
+
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    add = {name: stages.add_parser(name) for name in ("invert-sft", "longest", "anchors", "difficulty")}
+    parser = argparse.ArgumentParser(prog="python -m papers.stages", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    subparsers = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    add = {name: subparsers.add_parser(name) for name in STAGES}
+    for sub in (parser, *add.values()):
+        sub.error = lambda message, sub=sub: sub.exit(2, f"{sub.prog}: {message}; --help lists every option.\n")
+    count = number(int, 0, math.inf)
+    iou = number(float, -1, 1)
+
     for name in ("invert-sft", "difficulty"):
         add[name].add_argument("--annotations", required=True, help="any file that training reads")
         add[name].add_argument("--single-window", action="store_true",
-                               help="QVHighlights: only queries with one relevant window")
+                               help="QVHighlights: only queries with exactly one relevant window")
     add["longest"].add_argument("--demonstrations", required=True, help="jsonl, also in TVG-R1's field names")
-    add["longest"].add_argument("--share", type=float, default=0.5, help="kept, of all [0.5]")
+    add["longest"].add_argument("--share", type=number(float, 1e-9, 1), default=0.5, help="kept, of all [0.5]")
     add["anchors"].add_argument("--rollouts", required=True, help="the --output of a run with --save-rollouts")
-    add["anchors"].add_argument("--min-anchors", type=int, default=2, help="fewest anchors [2]")
-    add["anchors"].add_argument("--min-iou", type=float, default=0.5, help="least IoU of the answer [0.5]")
+    add["anchors"].add_argument("--min-anchors", type=number(int, 2, 4), default=2, help="fewest anchors [2]")
+    add["anchors"].add_argument("--min-iou", type=number(float, 0, 1), default=0.5,
+                                help="least IoU of the answer [0.5]")
     add["difficulty"].add_argument("--predictions", required=True, help="evaluate.py's --output on --annotations")
-    add["difficulty"].add_argument("--difficulty", type=float, nargs=2, default=(0.1, 0.7), metavar=("LOW", "HIGH"),
+    add["difficulty"].add_argument("--difficulty", type=iou, nargs=2, default=(0.1, 0.7), metavar=("LOW", "HIGH"),
                                    help="band of mean IoU kept: above LOW, up to HIGH [0.1 0.7]")
-    for name in ("anchors", "difficulty"):
-        add[name].add_argument("--keep", type=int, default=0, help="most rows kept; 0: all")
     add["difficulty"].add_argument("--choose", choices=("even", "gaussian"), default="even",
                                    help="which of them: evenly along the mean IoU, or around 0.3 at random [even]")
-    add["difficulty"].add_argument("--seed", type=int, default=0, help="of the random choice [0]")
-    for sub in (parser, *add.values()):
-        sub.error = lambda message, sub=sub: sub.exit(2, f"{sub.prog}: {message}; --help lists every option.\n")
+    add["difficulty"].add_argument("--seed", type=count, default=0, help="of the random choice [0]")
+    for name in ("anchors", "difficulty"):
+        add[name].add_argument("--keep", type=count, default=0, help="most rows kept; 0: all")
     for sub in add.values():
         sub.add_argument("--output", required=True, help="file to write")
+
     args = parser.parse_args(argv)
-    given = vars(args)
-    for name, low, high in (("share", 1e-9, 1), ("min_iou", 0, 1), ("min_anchors", 2, 4), ("keep", 0, math.inf),
-                            ("seed", 0, math.inf)):
-        if name in given and not low <= given[name] <= high:
-            add[args.stage].error(f"{option(name)} is {given[name]:g}; it lies between {round(low):g} and {high:g}")
-    if args.stage == "difficulty" and not -1 <= args.difficulty[0] < args.difficulty[1] <= 1:
-        add["difficulty"].error("--difficulty {:g} {:g} is no band; give LOW below HIGH, as IoU".format(*args.difficulty))
+    if args.stage == "difficulty" and not args.difficulty[0] < args.difficulty[1]:
+        low, high = args.difficulty
+        add["difficulty"].error(f"--difficulty {low:g} {high:g} is no band; give LOW below HIGH, as IoU")
     return args
 
 
@@ -207,4 +256,4 @@ if __name__ == "__main__":
     try:
         main(parse())
     except (UserError, OSError, ValueError) as error:
-        sys.exit(f"stages.py: {error}")
+        sys.exit(f"papers.stages: {error}")

@@ -42,22 +42,26 @@ def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=None, end=None,
     """
     try:
         with av.open(str(path)) as container:
-            video, start = _Timed(container), start or 0.0
+            video = _Timed(container)
+            start = start or 0.0
             end = math.inf if end is None else max(end, start + 1 / fps)
             packets, at_end, seek_to = _scan_packets(video, start, end)
-            known = np.sort([t for t, _, _ in packets])
+            known_times = np.sort([packet.time for packet in packets])
             if at_end:
-                end = min(end, known[-1] + ((known[-1] - known[0]) / max(1, len(known) - 1) or 1 / fps))
+                last_frame_lasts = (known_times[-1] - known_times[0]) / max(1, len(known_times) - 1) or 1 / fps
+                end = min(end, known_times[-1] + last_frame_lasts)
             targets, fps = _targets(start, end, fps)
             size = functools.cache(functools.partial(
                 fit_size, frames=len(targets), max_pixels=max_pixels,
                 min_frame_pixels=min_frame_pixels, max_frame_pixels=max_frame_pixels))
-            nearest, plan = _plan(packets, known, targets, video.decoder.has_b_frames)
-            for plan in (plan, {}) if plan else ({},):
+            nearest = _nearest_times(known_times, targets)
+            plan = _skip_plan(packets, nearest, video.decoder.has_b_frames)
+            video.seek(min(seek_to, targets[0]))
+            frames, times = _decode_nearest(video, plan, targets, size)
+            if plan and not (len(times) and (abs(times - targets) <= abs(nearest - targets)).all()):
+                # A wanted packet held no frame, or a damaged one: look at every frame there is.
                 video.seek(min(seek_to, targets[0]))
-                frames, times = _decode_nearest(video, plan, targets, size)
-                if len(times) and (abs(times - targets) <= abs(nearest - targets)).all():
-                    break  # else a wanted packet held no frame, or a damaged one: then look at every frame there is
+                frames, times = _decode_nearest(video, {}, targets, size)
             if not len(times):
                 raise ValueError("no frame of it decodes")
     except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
@@ -69,8 +73,10 @@ class _Timed:
     """A container's first video stream, seen in seconds from the player's zero."""
 
     def __init__(self, container):
-        self.container, self.stream = container, container.streams.video[0]
-        self.unit, self.origin = float(self.stream.time_base), (container.start_time or 0) / av.time_base
+        self.container = container
+        self.stream = container.streams.video[0]
+        self.unit = float(self.stream.time_base)  # seconds
+        self.origin = (container.start_time or 0) / av.time_base  # seconds
         self.decoder = self.stream.codec_context
         if self.decoder is None:
             raise ValueError("its codec is unknown")
@@ -85,16 +91,18 @@ class _Timed:
 
     def time_of(self, packet_or_frame):
         """Presentation time; some containers (AVI) state only the decoding time."""
-        x = packet_or_frame
-        stamp = x.dts if x.pts is None else x.pts
+        stamp = packet_or_frame.pts
+        if stamp is None:
+            stamp = packet_or_frame.dts
         return None if stamp is None else self.seconds(stamp)
 
     def seek(self, t):
         self.container.seek(int((t + self.origin) / self.unit), stream=self.stream, backward=True)
 
     def frames(self, plan):
-        """Decode from here on, as `plan` (see `_plan`) says where it says anything, in the order of presentation."""
-        wanted, gap = sum(skip == "DEFAULT" for skip in plan.values()), False
+        """Decode from here on, as `plan` (see `_skip_plan`) says where it says anything, in order of presentation."""
+        wanted = sum(skip == "DEFAULT" for skip in plan.values())
+        gap = False
         for packet in self.container.demux(self.stream):
             skip = plan.get(packet.pts)
             if skip == "ALL":
@@ -112,24 +120,37 @@ class _Timed:
                 break
 
 
+class _Packet(NamedTuple):
+    """What demultiplexing alone tells of a frame."""
+
+    time: float  # of presentation, seconds
+    stamp: int | None  # the same in the stream's units, where the container states it
+    is_key: bool
+
+
 def _scan_packets(video, start, end):
     """Packets from the key frame before `start` to `end`, by demultiplexing alone: nothing is decoded.
 
-    Headers lie about duration and rate often enough that only packets are believed. Returns ([(time, time stamp in
-    the stream's units or None, whether a key frame)] in decoding order, whether the file ended, the time to seek to).
+    Headers lie about duration and rate often enough that only packets are believed. Returns (packets in decoding order,
+    whether the file ended, the time to seek to).
     """
-    for seek_to in (max(0.0, start - back) for back in (0, 4, 16, math.inf)):
-        packets, at_end = [], True
+    for back in (0, 4, 16, math.inf):
+        seek_to = max(0.0, start - back)
+        packets = []
+        at_end = True
         video.seek(seek_to)
         for packet in video.container.demux(video.stream):
             t = video.time_of(packet)
-            if packet.size and t is not None and (packets or packet.is_keyframe or not seek_to):
-                packets.append((t, packet.pts, packet.is_keyframe))
+            begun = packets or packet.is_keyframe or not seek_to
+            if packet.size and t is not None and begun:
+                packets.append(_Packet(t, packet.pts, packet.is_keyframe))
             # Packets come in decoding order: once dts is past `end`, so is every later presentation time.
             if packet.dts is not None and video.seconds(packet.dts) > end:
                 at_end = False
                 break
-        if not start or packets and packets[0][0] <= start:  # MPEG-TS seeks past the key frame: then further back
+        # Then from further back: MPEG-TS seeks past the key frame, and one frame alone does not tell how long it lasts.
+        is_complete = packets and packets[0].time <= start and (len(packets) > 1 or not at_end)
+        if not start or is_complete:
             break
     if not packets:
         raise ValueError("it holds no frame")
@@ -146,32 +167,46 @@ def _targets(start, end, fps):
     return np.minimum(start + np.arange(count) / fps, end), fps
 
 
-def _plan(packets, known, targets, reordered):
-    """-> (the nearest to each target of the `known` times, how to decode the frames there by their time stamps)
+def _nearest_times(known_times, targets):
+    """-> (T,) the nearest to each target among the sorted `known_times`; the earlier of two that are equally near."""
+    i = np.searchsorted(known_times, targets)
+    before = known_times[np.maximum(i - 1, 0)]
+    after = known_times[np.minimum(i, len(known_times) - 1)]
+    return np.where(abs(targets - before) <= abs(after - targets), before, after)
 
-    How: "DEFAULT", wanted; "NONREF", needed only if other frames may refer to it; "ALL", left out, as nothing wanted
+
+def _skip_plan(packets, nearest, reordered):
+    """How to decode the packets, by their time stamps, so that the frames at the `nearest` times come out.
+
+    "DEFAULT": wanted. "NONREF": needed only if other frames may refer to it. "ALL": left out, as nothing wanted
     follows before the next key frame. Empty, which is to decode everything, when stamps do not tell packets apart or,
     frames being `reordered`, are in the order of decoding (AVI).
     """
-    i = np.searchsorted(known, targets)
-    before, after = known[np.maximum(i - 1, 0)], known[np.minimum(i, len(known) - 1)]
-    nearest = np.where(abs(targets - before) <= abs(after - targets), before, after)
-    stamps = [stamp for _, stamp, _ in packets]
+    stamps = [packet.stamp for packet in packets]
     if None in stamps or len(set(stamps)) < len(stamps) or reordered and stamps == sorted(stamps):
-        return nearest, {}
-    wanted, plan, needed, earliest = set(nearest), {}, False, math.inf
-    for t, stamp, is_key in reversed(packets):
-        if t in wanted:
-            needed, earliest = True, min(earliest, t)
-        plan[stamp] = "DEFAULT" if t in wanted else "NONREF" if needed else "ALL"
-        if is_key:  # what comes after it in the file and before it on the screen refers to frames before it
-            needed, earliest = earliest < t, math.inf
-    return nearest, plan
+        return {}
+    wanted = set(nearest)
+    plan = {}
+    needed = False  # by a wanted frame that comes later in the file
+    earliest = math.inf  # time of the wanted frames between here and the next key frame
+    for packet in reversed(packets):
+        is_wanted = packet.time in wanted
+        if is_wanted:
+            needed = True
+            earliest = min(earliest, packet.time)
+        plan[packet.stamp] = "DEFAULT" if is_wanted else "NONREF" if needed else "ALL"
+        if packet.is_key:
+            # Open group of pictures: frames stored after this key frame but shown before it may refer to earlier ones.
+            needed = earliest < packet.time
+            earliest = math.inf
+    return plan
 
 
 def _decode_nearest(video, plan, targets, size):
     """Decode from here on; convert only the frames nearest to the targets -> ((T, 3, H, W) uint8, times (T,))."""
-    images, times, before = [], [], None
+    images = []
+    times = []
+    before = None  # (time, frame) of the frame before this one
     reformatter = av.video.reformatter.VideoReformatter()  # one scaler a video: making it costs more than using it
 
     def keep(t, frame):
@@ -179,10 +214,12 @@ def _decode_nearest(video, plan, targets, size):
             images.append(images[-1])
         else:
             quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise, from the container's display matrix
-            turned = quarter_turns % 2
-            height, width = size(*((frame.width, frame.height) if turned else (frame.height, frame.width)))
-            stored = (height, width) if turned else (width, height)
-            image = reformatter.reformat(frame, *stored, format="rgb24", interpolation="BICUBIC", threads=1)
+            if quarter_turns % 2:  # the size is chosen for the picture as it is seen, and scaled as it is stored
+                stored_width, stored_height = size(frame.width, frame.height)
+            else:
+                stored_height, stored_width = size(frame.height, frame.width)
+            image = reformatter.reformat(frame, stored_width, stored_height, format="rgb24", interpolation="BICUBIC",
+                                         threads=1)
             images.append(np.rot90(image.to_ndarray(), quarter_turns).transpose(2, 0, 1))
         times.append(t)
 
@@ -192,7 +229,8 @@ def _decode_nearest(video, plan, targets, size):
             continue
         while len(times) < len(targets) and targets[len(times)] <= t:
             target = targets[len(times)]
-            keep(*(before if before and target - before[0] <= t - target else (t, frame)))
+            earlier_is_nearer = before and target - before[0] <= t - target
+            keep(*(before if earlier_is_nearer else (t, frame)))
         before = (t, frame)
         if len(times) == len(targets):
             break
@@ -210,7 +248,8 @@ def fit_size(height, width, frames, max_pixels=MAX_PIXELS, min_frame_pixels=MIN_
     long video therefore exceeds `max_pixels` (up to 6,144 tokens at 768 frames) instead of becoming unrecognisable.
     """
     most = max(min(max_frame_pixels, 2 * max_pixels // frames), min_frame_pixels)
-    h, w = max(SIDE, round(height / SIDE) * SIDE), max(SIDE, round(width / SIDE) * SIDE)
+    h = max(SIDE, round(height / SIDE) * SIDE)
+    w = max(SIDE, round(width / SIDE) * SIDE)
     if h * w < min_frame_pixels:
         scale = math.sqrt(min_frame_pixels / (height * width))
         h, w = (math.ceil(side * scale / SIDE) * SIDE for side in (height, width))
@@ -220,7 +259,7 @@ def fit_size(height, width, frames, max_pixels=MAX_PIXELS, min_frame_pixels=MIN_
     return h, w
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def video_duration(path):
     """Seconds from a container's header; None where it states none or cannot be opened."""
     try:

@@ -1,0 +1,1 @@
+"""What no paper mentions: attention, decoding, the optimiser, videos, annotation files, processes and checkpoints."""

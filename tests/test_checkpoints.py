@@ -1,0 +1,200 @@
+"""engine/checkpoints.py: models that cannot be loaded, runs that go on, and runs that are refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, log_of, train, weights_of
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+import invert4tvg
+from engine import checkpoints
+from engine.checkpoints import load_model, load_optimizer, newest_checkpoint
+from engine.optimizer import MasterAdamW
+from engine.runtime import StopSignal
+from engine.settings import option
+
+CPU = torch.device("cpu")
+
+
+def timeless(rows):
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+
+
+def refusal(capsys, config, **changes):
+    """The one sentence with which a run is refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train(config, **changes)
+    assert stop.value.code == 1
+    message = capsys.readouterr().err.strip().split("\n")[-1]  # below what loading a model prints
+    assert message.endswith(".")
+    return message
+
+
+# ---- Models
+
+
+def test_the_newest_complete_checkpoint_is_the_run(tmp_path):
+    assert newest_checkpoint(tmp_path) is None and newest_checkpoint(tmp_path / "nothing") is None
+    for name in ("checkpoint-000002", "checkpoint-000010", "checkpoint-000012.partial", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    assert newest_checkpoint(tmp_path).name == "checkpoint-000010"
+
+
+def test_a_checkpoint_is_loaded_with_the_ids_that_end_and_those_that_are_banned(checkpoint, tmp_path, tokenizer):
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run / "checkpoint-000003")
+    model, processor = load_model(str(run), CPU)
+    assert model.dtype == torch.float32
+    assert processor.tokenizer.convert_ids_to_tokens(processor.eos.tolist()) == ["<|im_end|>"]
+    assert sorted(processor.tokenizer.convert_ids_to_tokens(processor.banned.tolist())) == [
+        "<|image_pad|>", "<|video_pad|>"]
+    generation = json.loads((run / "checkpoint-000003" / "generation_config.json").read_text())
+    ends = [tokenizer.convert_tokens_to_ids(name) for name in ("<|endoftext|>", "<|im_end|>")]
+    (run / "checkpoint-000003" / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": ends}))
+    assert load_model(str(run), CPU)[1].eos.tolist() == sorted(ends)
+
+
+def lacking_pixels(folder):
+    (folder / "preprocessor_config.json").write_text("{}")
+
+
+def lacking_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def torn(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, lacking_pixels, lacking_weights, torn], ids=lambda f: f.__name__)
+def test_a_model_that_cannot_be_loaded_is_named_in_one_sentence(damage, checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    damage(folder)
+    with pytest.raises(OSError) as error:
+        load_model(str(folder), CPU)
+    message = str(error.value)
+    assert message.startswith(f"--model {folder}: no Qwen2.5-VL checkpoint could be loaded (") and "\n" not in message
+
+
+def test_each_parameter_finds_its_saved_state_whatever_number_of_ranks_wrote_it(alone, model, tmp_path):
+    saved = {name: {"step": 7, "exp_avg": torch.full_like(p, i), "exp_avg_sq": torch.full_like(p, 2 * i)}
+             for i, (name, p) in enumerate(model.named_parameters())}
+    for rank in range(2):
+        shard = {name: saved[name] for name in list(saved)[rank::2]}
+        torch.save(shard, tmp_path / f"optimizer.{rank}.pt")
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=MasterAdamW, lr=1e-3)
+    load_optimizer(tmp_path, model, optimizer)
+    for name, p in model.named_parameters():
+        state = optimizer.optim.state[p]
+        assert state["step"] == 7 and torch.equal(state["exp_avg"], saved[name]["exp_avg"])
+        assert torch.equal(state["exp_avg_sq"], saved[name]["exp_avg_sq"])
+
+
+# ---- Going on
+
+
+def test_a_run_that_goes_on_equals_an_uninterrupted_one_bit_for_bit(lively):
+    train(lively, save_every=2, save_rollouts=True)
+    assert any(row["grad_norm"] > 0 for row in log_of(lively.output))
+    whole, log = weights_of(lively.output), log_of(lively.output)
+    state = torch.load(newest_checkpoint(lively.output) / "optimizer.0.pt")
+    rollouts = Path(lively.output) / "rollouts.0.jsonl"
+    written = rollouts.read_text()
+    assert written.count("\n") == 4 * 2 * 3  # iterations, prompts, completions
+    shutil.rmtree(newest_checkpoint(lively.output))  # as if it had died after iteration 3
+    for path in (rollouts, Path(lively.output) / "metrics.jsonl"):
+        with open(path, "a") as file:
+            file.write('{"iteration": 4, "vid')  # while writing
+    train(lively, save_every=2, save_rollouts=True)
+    again = weights_of(lively.output)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    for name, values in torch.load(newest_checkpoint(lively.output) / "optimizer.0.pt").items():
+        assert torch.equal(values["exp_avg_sq"], state[name]["exp_avg_sq"]) and values["step"] == 4
+    assert timeless(log_of(lively.output)) == timeless(log)
+    assert rollouts.read_text() == written
+
+
+def test_only_the_newest_checkpoints_are_kept(config):
+    train(config, save_every=1, keep=2, p=1.0)
+    assert sorted(p.name for p in Path(config.output).glob("checkpoint*")) == ["checkpoint-000003", "checkpoint-000004"]
+
+
+def test_a_finished_run_is_left_as_it_is_and_loads_no_model(config, monkeypatch, capsys):
+    changes = {"iterations": 1, "eval_every": 1, "eval_limit": 1, "eval_annotations": config.annotations}
+    train(config, **changes)
+    log = (Path(config.output) / "metrics.jsonl").read_text()
+    monkeypatch.setattr(checkpoints, "load_model", None)
+    monkeypatch.setattr(invert4tvg.data, "load_training", None)
+    capsys.readouterr()
+    train(config, **changes)
+    train(config, **changes, keep=5, save_every=7, workers=1)  # these may change
+    assert capsys.readouterr().out.count("is finished: ") == 2
+    assert (Path(config.output) / "metrics.jsonl").read_text() == log
+
+
+def test_a_run_that_only_lacks_its_last_evaluation_makes_it(config):
+    changes = {"iterations": 1, "eval_every": 1, "eval_limit": 1, "eval_annotations": config.annotations}
+    train(config, **changes)
+    log = log_of(config.output)
+    assert [(row["iteration"], row["task"] == "eval") for row in log] == [(0, True), (0, False), (1, True)]
+    shutil.rmtree(Path(config.output) / "eval-000001")  # as if it had died while measuring
+    train(config, **changes)
+    assert timeless(log_of(config.output)) == timeless(log)
+    assert (Path(config.output) / "eval-000001" / "metrics.json").exists()
+
+
+def test_a_changed_option_is_refused_and_named(config, capsys):
+    train(config, iterations=1)
+    written = (Path(config.output) / "metrics.jsonl").read_text()
+    message = refusal(capsys, config, iterations=1, lr=1e-2, betas=(0.9, 0.99))
+    assert "another --lr, --betas;" in message and config.output in message
+    assert "--iterations" in refusal(capsys, config, iterations=2)
+    assert (Path(config.output) / "metrics.jsonl").read_text() == written
+
+
+def test_an_iteration_has_as_many_prompts_on_another_number_of_processes(config, capsys):
+    train(config, iterations=1)  # two prompts
+    assert "number of prompts an iteration (3, not 2:" in refusal(capsys, config, iterations=1, accumulation=3)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint-000001/optimizer.0.pt"])
+def test_a_damaged_run_is_named(config, capsys, name, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "on_any_rank", lambda self, device: True)  # after one iteration of two
+        with pytest.raises(SystemExit):
+            train(config, iterations=2)
+    (Path(config.output) / name).write_text("damaged}\n")
+    assert name.split("/")[-1] in refusal(capsys, config, iterations=2)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(config, tmp_path, monkeypatch, capsys):
+    command = [sys.executable, str(ROOT / "invert4tvg.py"), "--workers", "1", "--iterations", "100000"]
+    for name in ("model", "annotations", "videos", "output", "max_new_tokens", "group_size"):
+        command += [option(name), str(getattr(config, name))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                               start_new_session=True)
+    log = Path(config.output) / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 1):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
+    out, err = process.communicate()
+    assert process.returncode == 130 and "the same command goes on" in out and "Traceback" not in err
+    done = int(newest_checkpoint(config.output).name.split("-")[1])
+    assert len(log_of(config.output)) == done
+    given = {name: getattr(config, name)
+             for name in ("model", "annotations", "videos", "output", "max_new_tokens", "group_size")}
+    monkeypatch.setattr(StopSignal, "on_any_rank", lambda self, device: True)  # after one more iteration
+    with pytest.raises(SystemExit) as stop:
+        train(invert4tvg.Config(**given, iterations=100000, workers=0))
+    assert stop.value.code == 130 and "going on from" in capsys.readouterr().out
+    assert [row["iteration"] for row in log_of(config.output)] == list(range(done + 1))

@@ -1,0 +1,143 @@
+"""What README and docs/ state and a machine can check, the demo's tables, and which room may import which."""
+
+import ast
+import csv
+import importlib
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+from demo import ablations, table
+
+README = (ROOT / "README.md").read_text()
+DOCS = {path.relative_to(ROOT).as_posix(): path.read_text()
+        for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md"))}
+TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+
+# ------------------------------------------------------------------------------------------------ the house
+
+FLOORS = {  # each room may import the rooms before it and itself
+    "engine": ["engine"],
+    "rewards": ["engine"],
+    "grpo": ["engine"],
+    "papers.rewards": ["rewards"],
+    "data": ["engine", "rewards", "papers.rewards"],
+    "evaluate": ["engine", "rewards", "grpo", "data"],
+    "invert4tvg": ["engine", "rewards", "grpo", "data", "evaluate"],
+}
+
+
+def imports_of(path):
+    """The modules that a file imports by name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_imports_never_run_back_up(room):
+    ours = {"engine", "papers", "demo", "benchmarks", *(name for name in FLOORS if "." not in name)}
+    files = (ROOT / room).glob("*.py") if room == "engine" else [ROOT / f"{room.replace('.', '/')}.py"]
+    for path in files:
+        for name in imports_of(path):
+            if name.split(".")[0] in ours:
+                assert any(name == floor or name.startswith(f"{floor}.") for floor in FLOORS[room]), (path.name, name)
+
+
+def test_the_top_level_holds_the_five_files_and_nothing_else_in_python():
+    assert sorted(path.name for path in ROOT.glob("*.py")) == [
+        "data.py", "evaluate.py", "grpo.py", "invert4tvg.py", "rewards.py"]
+
+
+# ------------------------------------------------------------------------------------------------ the docs
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_every_test_that_a_page_names_exists(name):
+    for test in re.findall(r"`(test_\w+)`", DOCS[name]):
+        assert f"def {test}(" in TESTS, test
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_every_function_that_a_page_names_exists(name):
+    modules = r"(?:rewards|grpo|data|evaluate|invert4tvg|engine\.\w+|papers\.\w+)"
+    for module, attribute in re.findall(rf"`({modules})\.(\w+)`", DOCS[name]):
+        if (module, attribute) not in {("engine", "py")} and attribute != "py":
+            assert hasattr(importlib.import_module(module), attribute), (module, attribute)
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_every_file_that_a_page_names_exists(name):
+    folder = (ROOT / name).parent
+    for path in re.findall(r"(?:docs|engine|papers|demo|benchmarks|tests)/[\w./-]*\w", DOCS[name]):
+        assert (ROOT / path).exists() or path.startswith("benchmarks/results"), path
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", DOCS[name]):
+        assert (folder / path).exists(), path
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_every_option_that_a_page_names_exists(name):
+    programs = ["invert4tvg.py", "evaluate.py", "data.py", "papers/stages.py", "demo/make_demo.py",
+                *(f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py"))]
+    source = "".join((ROOT / program).read_text() for program in programs)
+    others = {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--shutdown-timeout", "--no-deps",
+              "--help"}
+    for option in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", DOCS[name])) - others:
+        field = option[2:].replace("-", "_")
+        assert f'"{option}"' in source or re.search(rf"^    {field}: \w+ = flag", source, re.MULTILINE), option
+
+
+@pytest.mark.parametrize("sweep", ablations.RUNS)
+def test_the_tables_of_many_runs_are_those_of_the_data(sweep):
+    with open(ROOT / "demo" / f"{sweep}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for line in ablations.table(sweep, rows).splitlines():
+        if line.startswith("|"):
+            assert line in DOCS["docs/results.md"]
+
+
+def test_every_run_of_a_table_is_made_or_derived():
+    for sweep, tables in ablations.TABLES.items():
+        made = {"warm", "invert-sft", *ablations.RUNS[sweep], "grpo-transfer", "tvg-only-transfer"}
+        assert {line.run for lines in tables.values() for line in lines} <= made
+
+
+# ------------------------------------------------------------------------------------------------ tables by hand
+
+
+def test_ablations_by_hand():
+    def row(seed, run, metric):
+        return {"seed": seed, "run": run} | dict.fromkeys(ablations.METRICS, metric)
+
+    rows = [row(0, "tvg-only", 30), row(1, "tvg-only", 40), row(2, "tvg-only", 50),
+            row(0, "vd", 31), row(1, "vd", 44)]  # seed 2 is not there yet
+    assert ablations.gains(rows, "vd") == [1, 4] and ablations.gains(rows, "tvg-only") == []
+    printed = ablations.table("ablations", rows)
+    assert "| TVG only |" + " 40.0 (10.0) |" * 7 + "  | 78.7" in printed
+    # Levels: mean 37.5, deviation 9.2 (of 31 and 44). Gains: mean 2.5, deviation 2.1 (of 1 and 4).
+    assert "| VD |" + " 37.5 (9.2) |" * 7 + " +2.5 (2.1) | 79.1" in printed
+
+
+def test_the_demos_table_by_hand(tmp_path, capsys):
+    for split in ("train", "test"):  # the best constant guess is 2.0 to 4.0 s, IoU 1, and "rise"
+        (tmp_path / f"{split}.txt").write_text("A 2.0 4.0##the red square rises.\n" * 3)
+    metrics = dict.fromkeys(table.COLUMNS, 50.0)
+    for run, gain in {"sees": None, "warm": 0, "grpo": 5, "tvg-only": 3, "supervised": 0}.items():
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "metrics.jsonl").write_text('{"seconds": 30.0}\n' * 4)
+        if gain is not None:
+            (tmp_path / f"{run}-test").mkdir()
+            gained = {name: value + gain for name, value in metrics.items()}
+            (tmp_path / f"{run}-test" / "metrics.json").write_text(json.dumps(gained))
+    table.print_demo(tmp_path)
+    printed = capsys.readouterr().out
+    assert '| best constant guess (always 2.0 to 4.0 s, always "rise") |  |' + " 100.0 |" * 7 in printed
+    assert "| warm start (supervised, short on purpose) | 4.0 |" + " 50.0 |" * 7 in printed  # two stages of 2 minutes
+    assert "| + GRPO with inversion, p = 0.8 | 2.0 |" + " 55.0 |" * 7 in printed
+    assert "+5.0 mIoU" in printed and "+2.0 points of VC, AR and VD" in printed

@@ -1,0 +1,239 @@
+"""engine/settings.py and engine/runtime.py: the command line, how a program ends, signals, metrics and the log."""
+
+import dataclasses
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine.runtime import (
+    Log,
+    StopSignal,
+    combine,
+    group_metrics,
+    make_loader,
+    random_generator,
+    run,
+    say,
+)
+from engine.settings import UserError, changed_options, flag, option, parse_settings
+from engine.video import VideoError
+from evaluate import EvalSettings
+from invert4tvg import Config
+
+# ---- The command line
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--p", "1.5"], "--p is 1.5"), (["--group-size", "1"], "--group-size 1"), (["--lr", "0"], "--lr is 0.0"),
+    (["--no-such-option"], "--no-such-option"), (["--inversion-tasks", "vc", "xy"], "'xy'"), (["--mu", "x"], "'x'"),
+    (["--min-frame-pixels", "900000"], "--max-frame-pixels"), (["--kl-coef", "-1"], "--kl-coef is -1.0"),
+    (["--demonstrations", "d.jsonl", "--annotations", "a.txt"], "--annotations"),
+    (["--demonstrations", "d.jsonl", "--save-rollouts"], "--save-rollouts"),
+    (["--eval-annotations", "a.txt"], "--eval-every"), (["--seed", str(2**70)], f"at most {2**63 - 1}"),
+    (["--betas", "0.9"], "--betas is 0.9;"), (["--betas", "0.9", "1.0"], "--betas is 0.9 1.0;"),
+    (["--reward-weights", "anchor_weight=2"], "no weight of the reward iou"),
+    (["--tvg-reward", "anchors", "--reward-weights", "anchor_weight=-1"], "--reward-weights anchor_weight=-1"),
+    (["--tvg-reward", "giou"], "'giou'"), (["--inversion-format", "thinking"], "'thinking'"),
+    (["--inversion-reward", "cos"], "'cos'"), (["--vd-match", "some"], "'some'"), (["--resume"], "--resume"),
+    (["--lr", "nan"], "--lr is nan; it must be a finite number"), (["@none.args"], "none.args")])
+def test_a_wrong_option_is_one_sentence(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_settings(Config, "", argv)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and words in message and message.count("\n") == 1
+
+
+def test_of_several_processes_one_says_what_is_wrong(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        parse_settings(Config, "", ["--mu", "0"])
+    assert stop.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_every_setting_is_an_option_with_its_explanation(capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(Config, "text", ["--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Config):
+        assert option(field.name) in text
+    settings = parse_settings(Config, "", ["--inversion-tasks", "vc", "--no-gradient-checkpointing"])
+    assert settings == Config(inversion_tasks=("vc",), gradient_checkpointing=False)
+    assert parse_settings(Config, "", []) == Config() and parse_settings(EvalSettings, "", []) == EvalSettings()
+
+
+def with_changes(cls, f, value):
+    """`cls` with one setting changed and, where it needs another one, that."""
+    return cls(**({f.metadata["needs"]: 1} if f.metadata["needs"] else {}) | {f.name: value})
+
+
+LIMITED = [(cls, f) for cls in (Config, EvalSettings) for f in dataclasses.fields(cls)
+           if any(f.metadata[limit] is not None for limit in ("above", "least", "most"))]
+
+
+@pytest.mark.parametrize("cls, f", LIMITED, ids=lambda x: getattr(x, "name", None))
+def test_every_limit_holds_and_is_named(cls, f):
+    above, least, most = (f.metadata[limit] for limit in ("above", "least", "most"))
+    step = 1 if f.type is int else 1e-3
+    beyond = [above, None if least is None else least - step, None if most is None else most + step]
+    for value in beyond:
+        if value is not None:
+            with pytest.raises(UserError, match=f"{option(f.name)} is {value}".replace(".", "[.]")):
+                with_changes(cls, f, value).check()
+    for value in (least, most):
+        if value is not None:
+            with_changes(cls, f, value).check()
+
+
+def another(f):
+    """A value of a setting that is not its default."""
+    if f.type is bool:
+        return not f.default
+    if f.metadata["choices"]:
+        return f.metadata["choices"][-1:] if f.type is tuple else f.metadata["choices"][-1]
+    return f.default / 2 if f.type is float else f.default + (1 if f.type is int else "x")
+
+
+@pytest.mark.parametrize("f", [f for f in dataclasses.fields(Config) if f.metadata["unless"] or f.metadata["needs"]],
+                         ids=lambda f: f.name)
+def test_an_option_without_meaning_is_refused_beside_its_reason(f):
+    other = f.metadata["unless"] or f.metadata["needs"]
+    config = Config(**{f.name: another(f)})
+    if f.metadata["unless"]:
+        config.check()
+        config = dataclasses.replace(config, **{other: "demos.jsonl"})
+    with pytest.raises(UserError, match=f"{option(f.name)} has no meaning .*{option(other)};"):
+        config.check()
+    if f.metadata["needs"]:
+        dataclasses.replace(config, **{other: 1}).check()
+
+
+def test_options_may_stand_in_a_file(tmp_path):
+    (tmp_path / "run.args").write_text("# a comment\n--lr 1e-3 --betas 0.9 0.95  # another\n\n"
+                                       "--output 'a folder'\n--no-gradient-checkpointing\n")
+    given = parse_settings(Config, "", [f"@{tmp_path / 'run.args'}", "--lr", "1e-4"])
+    assert given == Config(lr=1e-4, betas=(0.9, 0.95), output="a folder", gradient_checkpointing=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Small:
+    size: int = flag(1, "a size")
+    names: tuple = flag(("a", "b"), "names")
+    folder: str = flag("here", "a folder", free=True)
+
+    def check(self):
+        pass
+
+
+def test_inherited_options_give_way_to_the_command_line():
+    def inherit(settings):
+        assert settings.folder == "there"  # what the command line gave decides where to look
+        return {"size": 5, "names": ("c",)}
+
+    assert parse_settings(Small, "", ["--folder", "there"], inherit) == Small(5, ("c",), "there")
+    assert parse_settings(Small, "", ["--folder", "there", "--size", "1"], inherit) == Small(1, ("c",), "there")
+
+
+def test_changed_options_are_those_that_matter():
+    before = json.loads(json.dumps(dataclasses.asdict(Small())))
+    assert changed_options(before, Small()) == changed_options(before, Small(folder="there")) == []
+    assert changed_options(before, Small(2, ("a",))) == ["--size", "--names"]
+    assert changed_options({}, Small()) == ["--size", "--names"]
+
+
+# ---- How a program ends
+
+
+@pytest.mark.parametrize("error, status, message", [
+    (UserError("It is wrong."), 1, "It is wrong.\n"), (VideoError("a.mp4: broken."), 1, "a.mp4: broken.\n"),
+    (OSError("no such model"), 1, "no such model\n"), (ImportError("no spaCy"), 1, "no spaCy\n"),
+    (KeyboardInterrupt(), 130, "")])
+def test_a_users_mistake_is_one_sentence_and_a_status(error, status, message, capsys):
+    def program(settings, device):
+        assert device.type == "cpu" and dist.get_world_size() == 1
+        say(settings)
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run(program, "said once")
+    printed = capsys.readouterr()
+    assert stop.value.code == status and printed.out == "said once\n"
+    assert printed.err.endswith(message) and printed.err.count("\n") == message.count("\n")
+    assert not dist.is_initialized()
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda settings, device: 1 // settings, 0)
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def handlers():
+    """Puts back the handlers of signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_asks_to_stop_and_a_second_ctrl_c_stops(number, alone, handlers):
+    stop = StopSignal()
+    assert not stop.on_any_rank(alone)
+    os.kill(os.getpid(), number)
+    assert stop.on_any_rank(alone)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_hands_over_items_as_they_are(workers):
+    items = [{"a": 1}, "b", None, np.arange(2)]
+    batches = list(make_loader(items, workers, batch_size=3))
+    assert batches[0] == items[:3] and len(batches[1]) == 1 and batches[1][0].tolist() == [0, 1]
+
+
+# ---- Numbers
+
+
+def test_random_numbers_depend_on_their_stream_alone():
+    def draw(*stream):
+        return torch.rand(3, generator=random_generator(torch.device("cpu"), *stream)).tolist()
+
+    first = draw(0, 1, 2)
+    torch.manual_seed(5)
+    assert draw(0, 1, 2) == first
+    assert len({tuple(draw(*stream)) for stream in ((0, 1, 2), (1, 1, 2), (0, 2, 1), (0, 1, 3), (0, 12))}) == 5
+
+
+def test_group_metrics_by_hand():
+    scores = [{"format": f, "iou": i, "total": f + i} for f, i in ((1.0, 0.5), (0.0, 0.0), (1.0, 0.25), (1.0, 0.25))]
+    metrics = group_metrics("tvg", scores, G=2)
+    assert metrics["tvg/format"] == 0.75 and metrics["tvg/iou"] == 0.25 and metrics["tvg/total"] == 1.0
+    assert metrics["tvg/format_std"] == pytest.approx(0.5**0.5 / 2)  # of 1, 0 and of 1, 1
+    assert metrics["tvg/total_std"] == pytest.approx(1.5 * 0.5**0.5 / 2)
+    assert metrics["zero_spread"] == 0.5 and len(metrics) == 7
+
+
+def test_metrics_are_averaged_over_those_that_have_them():
+    rows = [{"loss": 1.0, "gap_max": 3.0}, {"loss": 2.0, "kl": 0.5}, {"loss": 6.0, "gap_max": 1.0}]
+    assert combine(rows) == {"loss": 3.0, "gap_max": 3.0, "kl": 0.5}
+    assert combine([]) == {}
+
+
+def test_the_log_has_a_line_an_iteration_and_is_appended_to(alone, tmp_path):
+    config = SimpleNamespace(output=str(tmp_path))
+    Log(config, 0, 3).write(0, "tvg", {"tvg/total": 1.5, "lr": 0.1})
+    log = Log(config, 1, 3)
+    log.write(1, "sft", {"nll": 0.25})
+    log.write(2, "eval", {"mIoU": 20.0})
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        {"iteration": 0, "task": "tvg", "tvg/total": 1.5, "lr": 0.1}, {"iteration": 1, "task": "sft", "nll": 0.25},
+        {"iteration": 2, "task": "eval", "mIoU": 20.0}]
+    assert log.bar.n == 2 and log.bar.total == 3 and "sft nll 0.250" in str(log.bar)

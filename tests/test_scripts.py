@@ -1,0 +1,110 @@
+"""The shell scripts, with stand-ins for python and torchrun that write down how they are called."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+STAND_IN = r"""#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$CALLS"
+case "$*" in
+    *demo.make_demo*) mkdir -p "$3"; touch "$3"/{anchors,lists,cold-start}.jsonl ;;
+    *"demo.table"*iterations*) echo 10 ;;
+esac
+if [ -n "${FAIL:-}" ]; then case "$*" in *"$FAIL"*) echo "it failed" >&2; exit 1 ;; esac; fi
+"""
+
+
+@pytest.fixture()
+def run(tmp_path):
+    """-> run(script, arguments, **environment): (status, standard error, the calls)."""
+    for name in ("train.sh", "demo", "papers"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    for name in ("python", "torchrun"):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(STAND_IN)
+        path.chmod(0o755)
+    calls = tmp_path / "calls.txt"
+
+    def run(script, *arguments, **environment):
+        calls.write_text("")
+        stand_ins = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls)}
+        done = subprocess.run(["bash", str(tmp_path / script), *arguments], capture_output=True, text=True,
+                              env=os.environ | stand_ins | environment, cwd=tmp_path)
+        return done.returncode, done.stderr, calls.read_text().splitlines()
+
+    return run
+
+
+def outputs(calls, program):
+    """The last part of every --output that `program` was given, in order."""
+    return [call.split("--output ")[1].split()[0].split("/")[-1] for call in calls
+            if f"{program} " in call and "--output" in call]
+
+
+def test_the_demo_trains_four_times_and_evaluates_each_result(run):
+    status, message, calls = run("train.sh", "demo", "3")
+    assert status == 0, message
+    trained = outputs(calls, "invert4tvg.py")
+    assert trained[:2] == ["sees", "warm"]
+    assert sorted(trained[2:]) == ["grpo", "supervised", "tvg-only"]
+    assert sorted(outputs(calls, "evaluate.py")) == ["grpo-test", "supervised-test", "tvg-only-test", "warm-test"]
+    assert calls[-1] == "python -m demo.table runs/demo-3"
+    assert any("--iterations 10 --output runs/demo-3/supervised" in call for call in calls)
+
+
+def test_the_demos_options_go_to_both_grpo_runs_and_are_checked_before_the_first_stage(run):
+    _, _, calls = run("train.sh", "demo", "--lr", "9")
+    assert calls[0].startswith("python -c") and calls[0].endswith("--lr 9")
+    given = [call for call in calls if "--lr 9" in call and "invert4tvg.py" in call and "--output" in call]
+    assert sorted(outputs(given, "invert4tvg.py")) == ["grpo", "tvg-only"]
+    status, _, calls = run("train.sh", "demo", "--lrr", "9", FAIL="--lrr")
+    assert status != 0 and len(calls) == 1
+
+
+@pytest.mark.parametrize("failing", ["runs/demo-0/warm", "runs/demo-0/tvg-only", "runs/demo-0/grpo-test"])
+def test_a_stage_that_fails_ends_the_demo(run, failing):
+    status, message, calls = run("train.sh", "demo", FAIL=f"--output {failing}")
+    assert status == 1
+    assert calls[-1] != "python -m demo.table runs/demo-0"
+
+
+@pytest.mark.parametrize("gpus, accumulation", [("8", 1), ("4", 2), ("1", 8)])
+def test_charades_takes_eight_prompts_an_iteration_on_any_number_of_gpus(run, gpus, accumulation):
+    status, message, calls = run("train.sh", "charades-7b", "--lr", "5e-6", GPUS=gpus)
+    assert status == 0, message
+    train, evaluate = calls
+    assert f"--nproc_per_node {gpus} " in train and f"--accumulation {accumulation} " in train
+    assert "Qwen2.5-VL-7B" in train and train.endswith("--output runs/charades-7b --lr 5e-6")
+    assert "--model runs/charades-7b " in evaluate and evaluate.endswith("--output runs/charades-7b-test")
+
+
+@pytest.mark.parametrize("script, stages", [
+    ("papers/tar-tvg.sh", ["tar-base", "tar-1", "tar-2", "tar-3", "tar-plain", "tar-none"]),
+    ("papers/tvg-r1.sh", ["r1-base", "r1-cold", "r1-only", "r1-both"]),
+    ("papers/time-r1.sh", [f"time-r1-{epoch}" for epoch in range(1, 6)])])
+def test_other_papers_systems_run_their_stages_on_the_toy_and_on_charades(run, tmp_path, script, stages):
+    status, message, calls = run(script, "4")
+    assert status == 0, message
+    assert outputs(calls, "invert4tvg.py") == ["sees", "warm", *stages]
+    (tmp_path / "cold.jsonl").touch()
+    status, message, calls = run(script, "charades-3b", COLD_START=str(tmp_path / "cold.jsonl"), GPUS="4")
+    assert status == 0, message
+    assert outputs(calls, "invert4tvg.py") == [stage for stage in stages if not stage.endswith("-base")]
+    launched = [call for call in calls if "invert4tvg.py" in call or "evaluate.py" in call]
+    assert all(call.startswith("torchrun --nproc_per_node 4 ") for call in launched)
+
+
+@pytest.mark.parametrize("script, arguments, environment, words", [
+    ("train.sh", ["x"], {}, "bash train.sh demo"),
+    ("train.sh", [], {}, "bash train.sh demo"),
+    ("train.sh", ["charades-3b"], {"GPUS": "3"}, "GPUS=3"),
+    ("papers/tar-tvg.sh", ["--lr"], {}, "--lr is no seed"),
+    ("papers/tvg-r1.sh", ["charades-3b"], {}, "COLD_START")])
+def test_a_mistake_is_said_before_anything_runs(run, script, arguments, environment, words):
+    status, message, calls = run(script, *arguments, **environment)
+    assert status != 0 and words in message and calls == []

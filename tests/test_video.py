@@ -1,0 +1,337 @@
+"""engine/video.py: videos made to be odd, in every container; frame sizes by hand."""
+
+import itertools
+import math
+import struct
+
+import av
+import numpy as np
+import pytest
+import torch
+from conftest import TEN_HZ, shown, write_video
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from engine import video
+from engine.annotations import Sample, prepare_training
+from engine.video import MAX_PIXELS, VideoError, fit_size, read_video
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """The times of the frames decoded during a test."""
+    times, time_of = [], video._Timed.time_of
+
+    def spy(self, x):
+        t = time_of(self, x)
+        if isinstance(x, av.VideoFrame):
+            times.append(t)
+        return t
+
+    monkeypatch.setattr(video._Timed, "time_of", spy)
+    return times
+
+
+KINDS = {
+    "a.mp4": {},
+    "many key frames.mp4": {"g": "3"},
+    "one key frame.mp4": {"g": "250"},
+    "b-frames.mp4": {"bf": "3", "preset": "medium"},
+    "b-frames.mkv": {"bf": "3", "preset": "medium"},
+    "a.mov": {},
+    "a.webm": {"codec": "libvpx"},
+    "no index.webm": {"codec": "libvpx", "container_options": {"live": "1"}},
+    "a.avi": {"codec": "mpeg4", "unit": 10},
+    "transport stream.mp4": {"container": "mpegts", "unit": 90000},
+    "late.mp4": {"times": [100 + t for t in TEN_HZ]},
+    "late.mkv": {"times": [100 + t for t in TEN_HZ]},
+    "late stream.mp4": {"times": [100 + t for t in TEN_HZ], "container": "mpegts", "unit": 90000},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_container_gives_the_same_frames_whole_and_cut(name, tmp_path):
+    path = write_video(tmp_path / name, **KINDS[name])
+    whole = read_video(path)
+    assert shown(whole) == [0, 5, 10, 15, 20, 25, 30, 35] and whole.fps == 2.0
+    assert whole.times.tolist() == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5], abs=2e-3)
+    assert whole.frames.dtype == torch.uint8 and whole.frames.shape == (8, 3, 112, 112)  # 16 tokens at the least
+    part = read_video(path, start=1.3, end=2.7)  # three targets, and `end` to make them even; key frames at 1.2 and 2.4
+    assert shown(part) == [13, 18, 23, 27] and part.fps == 2.0
+    assert part.times.tolist() == pytest.approx([1.3, 1.8, 2.3, 2.7], abs=2e-3)
+
+
+B_FRAMES = {"bf": "5", "preset": "medium"}
+OPEN = B_FRAMES | {"x264-params": "open-gop=1:keyint=12:min-keyint=12"}  # some frames refer across a key frame
+SKIPPED = {
+    "b-frames.mp4": B_FRAMES | {"g": "40"},
+    "one key frame.mkv": B_FRAMES | {"g": "250"},
+    "short groups.mp4": {"bf": "2", "preset": "medium", "g": "4"},
+    "key frames alone.mp4": {"g": "1"},
+    "open groups.mp4": OPEN,
+    "open groups.mkv": OPEN,
+    "mpeg4.avi": {"codec": "mpeg4", "bf": "2", "unit": 10},
+    "vp9.webm": {"codec": "libvpx-vp9", "deadline": "realtime", "cpu-used": "8"},
+}
+
+
+def moving(frames, side):
+    """(frames, side, side, 3): a window that slides over noise, so that frames are predicted and no two are alike."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8).repeat(12, 0).repeat(12, 1)
+    return np.stack([noise[k:k + side, 2 * k:2 * k + side] for k in range(frames)])
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_clips_are_those_of_decoding_every_frame(name, tmp_path):
+    path = write_video(tmp_path / name, [k / 10 for k in range(120)], picture=moving(120, 56), **SKIPPED[name])
+    with av.open(str(path)) as file:
+        stream, zero = file.streams.video[0], (file.start_time or 0) / av.time_base
+        stream.codec_context.thread_count = 1
+        frames = [(f.dts if f.pts is None else f.pts, f.to_ndarray(format="rgb24", interpolation="BICUBIC"))
+                  for f in file.decode(stream)]
+        truth = {stamp * float(stream.time_base) - zero: frame for stamp, frame in frames}
+    times = np.array(list(truth))
+    segments = [(None, None), (0, 2), (1.13, 1.2), (4.97, 9.4), (8, 12)]
+    for fps, (start, end) in itertools.product([0.5, 2, 3, 7], segments):
+        clip = read_video(path, fps=fps, start=start, end=end, min_frame_pixels=1)
+        targets = np.minimum((start or 0) + np.arange(len(clip.times)) / clip.fps, end or 12)
+        targets[-1] = targets[-1] if start != 1.13 else clip.times[-1]  # widened
+        nearest = [times[abs(times - t).argmin()] for t in targets]
+        assert abs(abs(clip.times - targets) - abs(nearest - targets)).max() < 2e-6
+        for t, frame in zip(clip.times, clip.frames):
+            assert np.array_equal(truth[times[abs(times - t).argmin()]], frame.permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("options, segment, most", [
+    (B_FRAMES | {"g": "250", "x264-params": "b-adapt=0:b-pyramid=none"}, {}, 50),  # a P, five B: P and wanted B alone
+    ({"g": "10"}, {}, 72),  # the first and the sixth frame of a group are wanted, the last four not needed
+    (OPEN, {}, 80),  # about as many as of closed groups; taken for closed ones, they would all be decoded once more
+    ({"g": "1"}, {}, 24), ({"g": "1"}, {"start": 5.0, "end": 8.0}, 6)])
+def test_only_what_wanted_frames_need_is_decoded(options, segment, most, tmp_path, looked_at):
+    path = write_video(tmp_path / "a.mp4", [k / 10 for k in range(120)], picture=moving(120, 56), **options)
+    assert len(read_video(path, **segment).times) == (6 if segment else 24)
+    assert len(looked_at) <= most
+
+
+def test_a_wanted_frame_that_does_not_come_gives_way_to_the_next_nearest(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", bf="3", preset="medium")
+    frames = video._Timed.frames
+    monkeypatch.setattr(video._Timed, "frames", lambda *args: (f for f in frames(*args) if not 0.95 < f.time < 1.05))
+    assert shown(read_video(path)) == [0, 5, 9, 15, 20, 25, 30, 35]
+
+
+def test_threads_change_no_pixel(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", picture=moving(40, 400), size=(400, 400), **B_FRAMES)
+    clips = []
+    for threads in 1, 4:  # 400 x 400 is enough for two
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        clips += [read_video(path), read_video(path, start=1.0, end=2.0)]
+    for one, many in zip(clips[:2], clips[2:], strict=True):
+        assert torch.equal(one.frames, many.frames) and np.array_equal(one.times, many.times)
+
+
+def test_variable_frame_rate_uses_true_times(tmp_path):
+    path = write_video(tmp_path / "a.mp4", [0, 0.1, 0.2, 1.3, 1.6, 1.9, 3.0])
+    clip = read_video(path)  # seven frames in 3 s: the last one lasts 0.5 s, too
+    #                           targets: 0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5
+    assert shown(clip) == [0, 2, 3, 4, 5, 6, 6, 6]
+    assert clip.times.tolist() == pytest.approx([0, 0.2, 1.3, 1.6, 1.9, 3, 3, 3])
+
+
+@settings(max_examples=12, deadline=None)
+@given(gaps=st.lists(st.integers(20, 900), min_size=1, max_size=30), bf=st.sampled_from("03"),
+       start=st.integers(0, 3000), length=st.integers(0, 4000))
+@example(gaps=[20] * 7, bf="0", start=140, length=0)  # from the last key frame on there is one frame alone
+@example(gaps=[200] * 7 + [20] * 4, bf="0", start=1400, length=0)  # the gaps from there on are not the file's
+def test_frames_are_the_nearest_to_their_targets(tmp_path_factory, gaps, bf, start, length):
+    stamps = list(itertools.accumulate(gaps, initial=0))  # milliseconds
+    path = tmp_path_factory.mktemp("v") / "a.mp4"
+    write_video(path, [s / 1000 for s in stamps], bf=bf, preset="veryfast", g="7")
+    clip = read_video(path, start=start / 1000, end=(start + length) / 1000, min_frame_pixels=1)
+    frames = shown(clip)
+    assert len(frames) % 2 == 0 and clip.times.tolist() == pytest.approx([stamps[i] / 1000 for i in frames], abs=1e-6)
+
+    def are_nearest(last_frame_lasts):
+        first = min(start, max(0, stamps[-1] + last_frame_lasts - 500))  # a segment at the end is widened to the left
+        for k, i in enumerate(frames[:-1]):
+            distances = [abs(s - first - 500 * k) for s in stamps]
+            if distances[i] > min(distances) + 2:  # ties, and half milliseconds of the end
+                return False
+        return True
+
+    # How long the last frame is shown no file tells for certain: as long as another one.
+    assert any(are_nearest(lasts) for lasts in range(min(gaps), max(gaps) + 1))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_time_zero_is_the_players_even_if_only_sound_starts_there(name, tmp_path):
+    path = write_video(tmp_path / name, [0.8 + t for t in TEN_HZ], audio_from=0)
+    clip = read_video(path)  # frame k at k / 2 s, as `fps` promises; the first picture stands until there is another
+    assert shown(clip)[:4] == [0, 0, 2, 7] and clip.times[:4].tolist() == pytest.approx([0.8, 0.8, 1.0, 1.5])
+    part = read_video(path, start=2.0, end=3.0)
+    assert shown(part) == [12, 17] and part.times.tolist() == pytest.approx([2.0, 2.5])
+
+
+def set_rotation(path, clockwise):
+    """Write a turn into the display matrix of an mp4's track header, as telephones do."""
+    a, b = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[clockwise]
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 4 + 40  # version 0: 40 bytes of flags, times, id and duration, then the matrix
+    struct.pack_into(">9i", content, at, a << 16, b << 16, 0, -b << 16, a << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("clockwise, size, dark", [(0, (56, 84), "left"), (90, (84, 56), "top"),
+                                                   (180, (56, 84), "right"), (270, (84, 56), "bottom")])
+def test_a_turned_video_is_seen_upright(clockwise, size, dark, tmp_path):
+    picture = np.zeros((56, 84, 3), np.uint8)
+    picture[:, 42:] = 255  # its left half is dark
+    path = write_video(tmp_path / "a.mp4", picture=picture, size=(56, 84))
+    set_rotation(path, clockwise)
+    frames = read_video(path, min_frame_pixels=1).frames.float()
+    h, w = size
+    assert frames.shape[2:] == size
+    halves = {"left": frames[..., :w // 2], "right": frames[..., w // 2:],
+              "top": frames[..., :h // 2, :], "bottom": frames[..., h // 2:, :]}
+    assert min(halves, key=lambda side: halves[side].mean()) == dark and halves[dark].mean() < 20
+
+
+def test_odd_sizes_are_read_and_colours_stay_in_place(tmp_path):
+    picture = np.zeros((75, 101, 3), np.uint8)
+    picture[:] = 200, 100, 50
+    clip = read_video(write_video(tmp_path / "a.mp4", picture=picture, size=(75, 101), pixels="yuv444p"))
+    assert clip.frames.shape == (8, 3, 112, 140)  # both sides scaled up to 16 tokens at least: 4 x 5
+    assert clip.frames.float().mean((0, 2, 3)).tolist() == pytest.approx([200, 100, 50], abs=6)
+
+
+def test_a_stated_duration_is_not_needed(tmp_path):
+    path = write_video(tmp_path / "a.webm", codec="libvpx", container_options={"live": "1"})
+    assert video.video_duration(str(path)) is None
+    assert prepare_training([Sample(str(path), "q", 1.0, 9.0)])[1:] == (0, 0)
+    assert shown(read_video(path, start=3.0, end=9.0)) == [30, 35]
+
+
+def test_one_frame_a_second_repeats_frames(tmp_path):
+    clip = read_video(write_video(tmp_path / "a.mp4", range(4)))
+    assert clip.times.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and shown(clip) == clip.times.tolist()
+
+
+def test_a_single_frame_makes_a_clip_of_two(tmp_path):
+    path = write_video(tmp_path / "a.mp4", [0])
+    assert read_video(path).times.tolist() == [0, 0]
+    assert read_video(path, start=3.0, end=4.0).times.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("start, end, frames", [
+    (1.0, 1.2, [10, 15]), (1.0, 1.0, [10, 15]), (2.0, 1.0, [20, 25]),  # widened to half a second
+    (3.85, 3.88, [35, 39]), (3.5, 9.0, [35, 39]),  # to the left where the video ends; 4.0 -> the last
+    (7.0, 8.0, [35, 39]), (0.0, 0.1, [0, 5])])
+def test_short_segments_have_two_frames_at_the_true_rate(start, end, frames, tmp_path):
+    clip = read_video(write_video(tmp_path / "a.mp4"), start=start, end=end)
+    assert shown(clip) == frames and clip.fps == 2.0
+
+
+def test_a_segment_decodes_only_from_the_key_frame_before_it(tmp_path, looked_at):
+    path = write_video(tmp_path / "a.mp4", [k / 10 for k in range(300)], g="10")  # a key frame a second
+    clip = read_video(path, start=20.4, end=21.4)
+    assert clip.times.tolist() == pytest.approx([20.4, 20.9])
+    assert min(looked_at) == pytest.approx(20.0) and len(looked_at) <= 11  # 20.0 to 21.0 of 30 seconds
+
+
+def test_beyond_768_frames_the_rate_falls_and_is_stated(tmp_path):
+    path = write_video(tmp_path / "a.mp4", range(480), size=(28, 28))
+    clip = read_video(path, min_frame_pixels=1)  # 960 frames at 2 Hz
+    assert clip.frames.shape == (768, 3, 28, 28) and clip.fps == pytest.approx(1.6)
+    assert abs(clip.times - np.arange(768) / 1.6).max() <= 0.5 + 1e-6 and clip.times[-1] == 479
+
+
+@given(st.floats(0, 1000), st.floats(0.5, 2000), st.sampled_from([0.5, 1.0, 2.0, 4.0]))
+def test_targets_are_even_in_number_and_one_period_apart(start, length, fps):
+    targets, rate = video._targets(start, start + max(length, 1 / fps), fps)
+    assert 2 <= len(targets) <= 768 and len(targets) % 2 == 0 and rate <= fps
+    assert np.allclose(np.diff(targets)[:-1], 1 / rate) and 0 <= targets[-1] - targets[-2] <= 1 / rate + 1e-9
+    assert targets[0] == pytest.approx(start) and targets[-1] <= start + max(length, 1 / fps) + 1e-9
+    assert start + length - targets[-1] <= 1 / rate + 1e-5  # up to the end
+
+
+def garbage(path):
+    path.write_bytes(bytes(range(256)) * 40)
+
+
+def empty(path):
+    path.touch()
+
+
+def absent(path):
+    pass
+
+
+def truncated(path):
+    write_video(path)
+    path.write_bytes(path.read_bytes()[:-400])  # the index stands at the end of an mp4
+
+
+def sound_only(path):
+    with av.open(str(path), "w") as file:
+        audio = file.add_stream("aac", rate=16000, layout="mono")
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.sample_rate, silence.pts = 16000, 0
+        file.mux(audio.encode(silence))
+        file.mux(audio.encode())
+
+
+def spoiled(path):
+    write_video(path, container_options={"movflags": "faststart"})
+    content = path.read_bytes()
+    at = content.index(b"mdat") + 4
+    path.write_bytes(content[:at] + b"\xff" * (len(content) - at))
+
+
+@pytest.mark.parametrize("damage", [garbage, empty, absent, truncated, sound_only, spoiled], ids=lambda f: f.__name__)
+def test_an_undecodable_file_is_named(damage, tmp_path):
+    damage(tmp_path / "broken.mp4")
+    for segment in {}, {"start": 1.0, "end": 2.0}:
+        with pytest.raises(VideoError, match="broken.mp4: cannot be decoded"):
+            read_video(tmp_path / "broken.mp4", **segment)
+
+
+def test_a_file_cut_short_is_read_up_to_the_cut(tmp_path):
+    path = write_video(tmp_path / "a.mkv")
+    path.write_bytes(path.read_bytes()[:path.stat().st_size * 6 // 10])
+    frames = shown(read_video(path))
+    assert frames[:3] == [0, 5, 10] and 2 <= len(frames) < 8  # its header still promises four seconds
+
+
+# ---- Frame sizes
+
+@pytest.mark.parametrize("height, width, frames, expected, tokens", [
+    (270, 480, 60, (224, 392), 3360),    # 30 s: 30 grids of 8 x 14
+    (270, 480, 240, (112, 196), 3360),   # 120 s: 120 grids of 4 x 7
+    (360, 640, 300, (84, 168), 2700),
+    (360, 640, 768, (84, 140), 5760),    # beyond 448 frames 16 tokens a grid may exceed the budget
+    (1080, 1920, 2, (560, 1008), 720),   # one frame never holds more than 768 tokens
+    (40, 60, 2, (112, 140), 20),         # and a small one is enlarged to 16
+    (90, 120, 400, (84, 112), 2400),     # unless the budget forbids
+])
+def test_frame_sizes_by_hand(height, width, frames, expected, tokens):
+    assert fit_size(height, width, frames) == expected
+    assert fit_size(width, height, frames) == expected[::-1]
+    assert frames // 2 * math.prod(expected) // 28**2 == tokens
+
+
+@given(st.integers(28, 2200), st.integers(28, 2200), st.integers(1, 384))
+def test_sizes_are_multiples_of_28_near_the_aspect_within_the_budget(height, width, grids):
+    assume(max(height, width) <= 16 * min(height, width))
+    h, w = fit_size(height, width, 2 * grids)
+    assert h % 28 == w % 28 == 0 and min(h, w) >= 28
+    assert h * w <= 768 * 784 and grids * h * w <= max(MAX_PIXELS, grids * 16 * 784)
+    # Some one scale brings both sides within a step of what they are.
+    assert max((h - 28) / height, (w - 28) / width) < min((h + 28) / height, (w + 28) / width)
+
+
+def test_the_callers_budget_holds(tmp_path):
+    path = write_video(tmp_path / "a.mp4", size=(112, 168))
+    assert read_video(path).frames.shape[2:] == (112, 168)
+    assert read_video(path, max_pixels=4 * 6 * 784, min_frame_pixels=1).frames.shape[2:] == (56, 84)  # 4 grids of 2 x 3
+    assert read_video(path, max_pixels=4 * 6 * 784).frames.shape[2:] == (84, 112)  # 16 tokens a grid are always granted
+    assert read_video(path, max_frame_pixels=2 * 3 * 784, min_frame_pixels=1).frames.shape[2:] == (56, 84)
