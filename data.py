@@ -9,22 +9,23 @@ frames into what Qwen2.5-VL takes.
 import functools
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import papers.rewards
 import rewards
 from engine.annotations import Sample, load_annotations, load_demonstrations, missing_videos, prepare_training
 from engine.attention import Prompt
+from engine.clips import Item
 from engine.prompts import MERGE, encode_prompt, patchify, position_ids
 from engine.runtime import say
 from engine.settings import UserError, check_limits, flag
-from engine.video import MAX_FRAME_PIXELS, MAX_PIXELS, MIN_FRAME_PIXELS, Clip, VideoError, read_video
+from engine.video import MAX_FRAME_PIXELS, MAX_PIXELS, MIN_FRAME_PIXELS, Clip, VideoError
+from engine.video import read_video as read_video
 
 MAX_ATTEMPTS = 8  # draws for one slot before unreadable videos stop the run
 
@@ -44,8 +45,8 @@ class Settings:
     single_window: bool = flag(False, "QVHighlights: keep only queries with exactly one relevant window")
     allow_missing_videos: bool = flag(False, "go on when video files are missing", free=True)
     fps: float = flag(2.0, "frames sampled a second; Section 3.1", above=0)
-    max_pixels: int = flag(MAX_PIXELS, "pixels of the whole video, counting one frame of each pair that makes a token: "
-                           "784 a token, 3,584 tokens; released code (Appendix C: about 2.8 million)", above=0)
+    max_pixels: int = flag(MAX_PIXELS, "visual tokens x 784: a token covers 28 x 28 pixels of two frames, of which one "
+                           "is counted; 3,584 tokens; released code (Appendix C: about 2.8 million)", above=0)
     min_frame_pixels: int = flag(MIN_FRAME_PIXELS, "least pixels of a frame; wins over --max-pixels; released code",
                                  above=0)
     max_frame_pixels: int = flag(MAX_FRAME_PIXELS, "most pixels of a frame; released code", above=0)
@@ -58,6 +59,8 @@ class Settings:
     vd_match: str = flag("all", "a VD answer must name all or any of the query's verbs (Eq. 7 leaves it open)",
                          choices=("all", "any"))
     workers: int = flag(4, "processes that decode videos ahead of the loop, on each rank", least=0, free=True)
+    clip_timeout: float = flag(600.0, "seconds after which a video that is still being decoded is an error", above=0,
+                               free=True)
     micro_batch: int = flag(1, "prompts in one forward pass on each rank", above=0, free=True)
 
     def clip_settings(self) -> dict:
@@ -107,8 +110,11 @@ def load_samples(settings: Settings, path: str = "", videos: str = "", option: s
     return samples
 
 
-def load_training(settings) -> list[Sample]:
-    """The samples to train on: present on disk, ends clamped, none empty, with printed counts. Raises UserError."""
+def load_training(settings) -> tuple[list[Sample], None, None]:
+    """The samples to train on: present on disk, ends clamped, none empty, with printed counts. Raises UserError.
+
+    Completions and tasks, as of `load_imitated`, there are none.
+    """
     present = [sample for sample in load_samples(settings) if Path(sample.video).is_file()]
     samples, clamped, dropped = prepare_training(present)
     say(f"{settings.annotations}: {len(samples)} samples; {clamped} ends clamped to the video's, {dropped} rows "
@@ -119,7 +125,7 @@ def load_training(settings) -> list[Sample]:
         samples = timed
     if not samples:
         raise UserError(f"{settings.annotations}: no row is left to train on.")
-    return samples
+    return samples, None, None
 
 
 def load_imitated(settings) -> tuple[list[Sample], list[str], list[str]]:
@@ -150,7 +156,7 @@ def report_missing(samples: list[Sample], settings: Settings):
 
 def build_prompt(model, processor, sample: Sample, task: str, clip: Clip, settings: Settings) -> Prompt:
     """A sample, its task and its decoded clip -> the model's input, on the model's device."""
-    frames = clip.frames.to(model.device)  # (T, 3, H, W)
+    frames = torch.as_tensor(clip.frames, device=model.device)  # (T, 3, H, W)
     patches, grid = patchify(frames, processor.pixels["image_mean"], processor.pixels["image_std"])  # (n, 1176), (1, 3)
     text = prompt_text(task, sample.query, settings.inversion_format, settings.grounding())
     ids = encode_prompt(processor.tokenizer, text, visual_tokens=len(patches) // MERGE**2)
@@ -189,20 +195,21 @@ ORDER, TASK, REDRAW, SAMPLING = range(4)  # streams of random numbers: each draw
 class TaskSampler:
     """Which samples and which task an iteration trains on (Eq. 13; Algorithm 1, lines 6-11).
 
-    Every draw is a function of (seed, iteration, slot) alone, so a resumed run replays nothing, and ranks agree
-    without talking. A slot is one prompt's place in an iteration. Iteration k has `prompts` slots over all ranks and
-    walks through a new permutation of the `count` samples each epoch. With probability `p` its task is "tvg", else one
-    of the inversion tasks that `suits` names, uniformly; suits[task] is a list of bool, one per sample. In an inversion
-    iteration a slot whose sample does not suit the task is redrawn among those that do, so the epoch leaves it out.
+    Every draw is a function of (seed, iteration, slot, attempt) alone. So a run can start at any iteration, and ranks
+    need no communication. A slot is one prompt's place in an iteration. Iteration k has `prompts` slots over all ranks
+    and walks through a new permutation of the `count` samples each epoch. With probability `p` its task is "tvg", else
+    one of the inversion tasks that `suits` names, uniformly; suits[task] is a list of bool, one per sample. In an
+    inversion iteration a slot whose sample does not suit the task is redrawn among those that do; the epoch skips that
+    sample.
 
-    Iterating yields, for `rank` of `world_size`, each iteration's list of (sample index, task), for those who want to
-    look at the draws. The loop's workers call `index` and `task`.
+    Iterating yields, for `rank` of `world_size`, each iteration's list of (sample index, task).
     """
 
     def __init__(self, count: int, suits: dict[str, list[bool]], prompts: int, p: float = 0.8, seed: int = 0,
                  iterations: int = 1, rank: int = 0, world_size: int = 1):
         self.count = count
         self.suits = suits
+        self.suited = {task: np.flatnonzero(suited) for task, suited in suits.items()}
         self.prompts = prompts
         self.p = p
         self.seed = seed
@@ -222,15 +229,24 @@ class TaskSampler:
     def index(self, iteration: int, slot: int, attempt: int = 0) -> int:
         """The sample of a slot; `attempt` > 0 redraws it (unreadable video) for the same task."""
         task = self.task(iteration)
-        if attempt == 0:  # the epoch's order, if it suits; what follows is drawn at random
+        if attempt == 0:  # the epoch's order
             epoch, place = divmod(iteration * self.prompts + slot, self.count)
             index = int(_permutation(self.seed, epoch, self.count)[place])
             if task == "tvg" or self.suits[task][index]:
                 return index
-        rng = np.random.default_rng([self.seed, REDRAW, iteration, slot, attempt])
+        rng = np.random.default_rng([self.seed, REDRAW, iteration, slot, attempt])  # a random one that suits
         if task == "tvg":
             return int(rng.integers(self.count))
-        return int(rng.choice(np.flatnonzero(self.suits[task])))
+        return int(rng.choice(self.suited[task]))
+
+    def candidates(self, iteration: int, slot: int, own_tasks: list[str] | None = None) -> list[tuple[int, str]]:
+        """The (sample index, task) pairs of a slot to try one after the other, while videos cannot be read.
+
+        `own_tasks` are the samples' own tasks (demonstrations); else the iteration's task holds.
+        """
+        task = self.task(iteration)
+        indices = [self.index(iteration, slot, attempt) for attempt in range(MAX_ATTEMPTS)]
+        return [(index, own_tasks[index] if own_tasks else task) for index in indices]
 
     def __iter__(self):
         for iteration in range(self.iterations):
@@ -252,50 +268,6 @@ def make_sampler(config, samples: list[Sample], prompts: int, rank: int, world_s
 @functools.lru_cache(maxsize=2)
 def _permutation(seed, epoch, count):
     return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
-
-
-@dataclass
-class Item:
-    """What a worker hands to the loop: a decoded clip, and the videos that could not be read before it.
-
-    The clip is None where every draw for the slot failed.
-    """
-
-    index: int  # of the sample
-    task: str
-    clip: Clip | None
-    failures: list[str] = field(default_factory=list)
-
-
-def read_clip(sample: Sample, task: str, **clip_settings) -> Clip:
-    """The whole video for TVG, the ground-truth segment alone for an inversion task (Eq. 2)."""
-    segment = {} if task == "tvg" else {"start": sample.start, "end": sample.end}
-    return read_video(sample.video, **segment, **clip_settings)
-
-
-class TrainingClips(Dataset):
-    """Decodes the clip of (iteration, slot), redrawing the slot when a video cannot be read. Runs in the workers.
-
-    `own_tasks` gives each sample's own task (demonstrations); else the sampler's task of the iteration holds.
-    """
-
-    def __init__(self, samples, sampler, own_tasks=None, **clip_settings):
-        self.samples = samples
-        self.sampler = sampler
-        self.own_tasks = own_tasks
-        self.clip_settings = clip_settings
-
-    def __getitem__(self, key):
-        iteration, slot = key
-        failures = []
-        for attempt in range(MAX_ATTEMPTS):
-            index = self.sampler.index(iteration, slot, attempt)
-            task = self.own_tasks[index] if self.own_tasks else self.sampler.task(iteration)
-            try:
-                return Item(index, task, read_clip(self.samples[index], task, **self.clip_settings), failures)
-            except VideoError as error:
-                failures.append(str(error))
-        return Item(index, task, None, failures)
 
 
 def report_unreadable(items: list[Item]) -> int:

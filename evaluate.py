@@ -6,8 +6,8 @@ Greedy decoding, every part of it explicit: nothing is inherited from a checkpoi
 are sampled and how answers are laid out is read from the checkpoint's run.json, unless an option says otherwise.
 
 Each row's prediction is appended to a jsonl file, so an interrupted evaluation goes on where it stopped. Under torchrun
-each of W ranks takes every W-th (row, task). A video that cannot be read scores 0 and is listed; no row is ever left
-out.
+each of W ranks takes every W-th (row, task). A row whose video cannot be read scores 0 and is listed. Every row counts
+in grounding, and every row that suits it in an inversion.
 """
 
 import dataclasses
@@ -20,17 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import data
 import grpo
 import rewards
 from engine.checkpoints import load_model, newest_checkpoint, read_run
+from engine.clips import Clips, read_ahead
 from engine.prompts import completion_texts
-from engine.runtime import make_loader, run, say
+from engine.runtime import launch, say
 from engine.settings import UserError, changed_options, flag, option, parse_settings
-from engine.video import VideoError
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 
@@ -57,7 +56,7 @@ def row_values(prediction: dict, grounding: rewards.Grounding = rewards.IOU) -> 
 def summarize(predictions: list[dict], grounding: rewards.Grounding = rewards.IOU) -> dict:
     """All predictions -> metrics in percent, "VD verbs" (distinct verbs of an answer), and counts of rows."""
     values = {}
-    for p in sorted(predictions, key=lambda p: rewards.TASKS.index(p["task"])):
+    for p in sorted(predictions, key=lambda p: rewards.TASKS.index(p["task"])):  # fixes the order of the columns
         for name, value in row_values(p, grounding).items():
             values.setdefault(name, []).append(value)
     metrics = {name: float(np.mean(found)) for name, found in values.items()}
@@ -72,7 +71,8 @@ def summarize(predictions: list[dict], grounding: rewards.Grounding = rewards.IO
     return metrics
 
 
-def paired_bootstrap(ours: list[dict], theirs: list[dict], draws: int = 10_000, seed: int = 0) -> dict[str, tuple]:
+def paired_bootstrap(ours: list[dict], theirs: list[dict], grounding: rewards.Grounding = rewards.IOU,
+                     draws: int = 10_000, seed: int = 0) -> dict[str, tuple]:
     """Two lists of predictions of the same rows -> {metric: (ours, theirs, low, high)}, in percent.
 
     low, high: the 95% interval of the difference when videos, the independent units, are drawn with replacement.
@@ -84,18 +84,18 @@ def paired_bootstrap(ours: list[dict], theirs: list[dict], draws: int = 10_000, 
     number = {video: i for i, video in enumerate(sorted({p["video"] for p in ours}))}
     sums = {}  # metric -> (videos, 3): rows, our sum, their sum
     for p in ours:
-        our_values = row_values(p)
-        their_values = row_values(other[_key(p)])
-        for name, value in our_values.items():
+        our_values = row_values(p, grounding)
+        their_values = row_values(other[_key(p)], grounding)
+        for name in our_values.keys() & their_values.keys():
             table = sums.setdefault(name, np.zeros((len(number), 3)))
-            table[number[p["video"]]] += (1, value, their_values[name])
+            table[number[p["video"]]] += (1, our_values[name], their_values[name])
     rng = np.random.default_rng(seed)
     videos = len(number)
     drawn = rng.multinomial(videos, np.full(videos, 1 / videos), size=draws)  # (draws, videos): how often each
     result = {}
-    for name, table in sums.items():
-        rows, our_sum, their_sum = (drawn @ table).T  # (draws, videos) @ (videos, 3): each sum is (draws,)
-        low, high = np.quantile((our_sum - their_sum) / np.maximum(rows, 1), (0.025, 0.975))
+    for name, table in sorted(sums.items()):
+        drawn_rows, drawn_ours, drawn_theirs = (drawn @ table).T  # (draws, videos) @ (videos, 3): each is (draws,)
+        low, high = np.quantile((drawn_ours - drawn_theirs) / np.maximum(drawn_rows, 1), (0.025, 0.975))
         rows, our_sum, their_sum = table.sum(axis=0)
         result[name] = (our_sum / rows, their_sum / rows, low, high)
     return result
@@ -124,25 +124,6 @@ class EvalSettings(data.Settings):
                         "bootstrap interval over videos", free=True)
 
 
-class EvaluationClips(Dataset):
-    """The clips of (row, task) pairs; one that cannot be read comes as an Item without a clip."""
-
-    def __init__(self, samples, jobs, clip_settings):
-        self.samples = samples
-        self.jobs = jobs
-        self.clip_settings = clip_settings
-
-    def __len__(self):
-        return len(self.jobs)
-
-    def __getitem__(self, i):
-        row, task = self.jobs[i]
-        try:
-            return data.Item(row, task, data.read_clip(self.samples[row], task, **self.clip_settings))
-        except VideoError as error:
-            return data.Item(row, task, None, [str(error)])
-
-
 def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dict:
     """Predict what `output` does not hold yet, on all ranks together -> metrics (on every rank).
 
@@ -162,13 +143,15 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
     jobs = [job for job in jobs[rank::world] if done[job] < max(1, completions)]  # this rank's, not yet complete
     if jobs:
         model, processor = load()
-        loader = make_loader(EvaluationClips(samples, jobs, settings.clip_settings()),
-                             min(settings.workers, len(jobs)), batch_size=settings.micro_batch)
+        size = settings.micro_batch
+        batches = [[[job] for job in jobs[i:i + size]] for i in range(0, len(jobs), size)]  # one candidate each
+        arriving = read_ahead(Clips(samples, settings.clip_settings()), batches, min(settings.workers, len(batches)),
+                              settings.clip_timeout)
         scoring = settings.scoring()
         block = scoring["grounding"].format.blocks[-1]
         with open(output / f"predictions.{rank}.jsonl", "a", encoding="utf-8") as file:
             file.write("\n" if file.tell() else "")  # ends a line that an interruption cut off
-            for items in tqdm(loader, "evaluating", disable=rank > 0, leave=False):
+            for items in tqdm(arriving, "evaluating", total=len(batches), disable=rank > 0, leave=False):
                 for item, texts in zip(items, answer(model, processor, samples, items, settings, completions)):
                     sample = samples[item.index]
                     for number, text in enumerate(texts):
@@ -189,7 +172,8 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
 def answer(model, processor, samples, items, settings, completions) -> list[list[str]]:
     """For each item its sampled completions, or for 0 one greedy one; "" where its video could not be read.
 
-    Sampling is seeded by the batch's first row, so it is repeated exactly only with the same --micro-batch.
+    Sampling is seeded by the batch's first row. So it is repeated exactly only with the same --micro-batch and number
+    of processes, and without interruption.
     """
     G = max(1, completions)
     readable = [item for item in items if item.clip]
@@ -215,7 +199,7 @@ def read_predictions(output) -> list[dict]:
     for path in sorted(Path(output).glob("predictions*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                p = {"sample": 0} | json.loads(line)
+                p = json.loads(line)
                 if _key(p) not in predictions or not p["error"]:  # a later success replaces an unreadable video's line
                     predictions[_key(p)] = p
             except (json.JSONDecodeError, KeyError, TypeError):
@@ -225,7 +209,9 @@ def read_predictions(output) -> list[dict]:
 
 def evenly_spaced(n: int, limit: int) -> list[int]:
     """Up to `limit` of the indices 0 .. n - 1 (all for 0), evenly spaced."""
-    return list(range(n)) if not 0 < limit < n else [i * n // limit for i in range(limit)]
+    if limit == 0 or limit >= n:
+        return list(range(n))
+    return [i * n // limit for i in range(limit)]
 
 
 # ------------------------------------------------------------------------------------------------ the program
@@ -242,28 +228,29 @@ def format_metrics(metrics: dict) -> str:
 
 
 def print_comparison(settings):
-    table = paired_bootstrap(read_predictions(settings.output), read_predictions(settings.against))
+    table = paired_bootstrap(read_predictions(settings.output), read_predictions(settings.against),
+                             settings.grounding())
     say(f"\n{'metric':<10}{'this':>8}{'other':>8}{'difference':>12}   95% interval over videos\n" + "\n".join(
         f"{name:<10}{a:8.1f}{b:8.1f}{a - b:+12.1f}   [{low:+.1f}, {high:+.1f}]"
         for name, (a, b, low, high) in table.items()))
 
 
-# What a checkpoint is used to. vd_match is not among these: it says what counts as right, for every model alike.
+# What a checkpoint should be evaluated with as it was trained. vd_match is not among these: it says what counts as
+# right, for every model alike.
 TRAINED_WITH = ("fps", "max_pixels", "min_frame_pixels", "max_frame_pixels", "max_new_tokens", "inversion_format",
-                "tvg_reward", "reward_weights")
+                "tvg_reward")
 
 
 def trained_with(settings: EvalSettings) -> dict:
     """How the checkpoint saw videos and laid out answers in training, from its run.json; {} where it has none.
 
-    `parse_settings` calls this before there are processes, and uses only what the command line does not give.
+    `parse_settings` fills the options that the command line does not give with these.
     """
     record = (newest_checkpoint(settings.model) or Path(settings.model)) / "run.json"
     if not record.is_file():
         return {}
     config = read_run(record.parent)["config"]
     found = {name: config[name] for name in TRAINED_WITH if name in config}
-    found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
     differ = {name: value for name, value in found.items() if value != getattr(EvalSettings, name)}
     if differ and os.environ.get("RANK", "0") == "0":
         print(f"from {record}, where the command line does not say otherwise: "
@@ -279,11 +266,11 @@ def claim_output(settings: EvalSettings):
     model = [str(checkpoint), written]  # the same path may hold new weights
     held = any(record.parent.glob("predictions*.jsonl")) and record.exists()
     if held:
-        before = json.loads(record.read_text())
+        before = json.loads(record.read_text(encoding="utf-8"))
         changed = changed_options(before | {"model": settings.model}, settings)  # the model is compared apart:
         if before["model"] != model:
             changed.append("--model")
-        if settings.samples and before["micro_batch"] != settings.micro_batch:  # greedy answers do not depend on it
+        if settings.samples and before.get("micro_batch") != settings.micro_batch:  # greedy answers do not depend on it
             changed.append("--micro-batch")
         if changed:
             raise UserError(f"--output {settings.output} holds predictions made with another {', '.join(changed)}; "
@@ -311,4 +298,4 @@ def main(settings: EvalSettings, device):
 
 
 if __name__ == "__main__":
-    run(main, parse_settings(EvalSettings, __doc__, inherit=trained_with))
+    launch(main, parse_settings(EvalSettings, __doc__, inherit=trained_with))

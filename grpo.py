@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.attention import Prompt, embed, pack, run_language_model, visual_features
 from engine.decoding import Decoder
 
-MAX_LOGITS_AT_ONCE = 2**25  # 128 MiB in float32: 220 positions of the published vocabulary
+MAX_LOGITS_AT_ONCE = 2**25  # 128 MiB in float32: 220 positions of Qwen2.5-VL's vocabulary of 151,936
 
 # ------------------------------------------------------------------------------------------------ advantages and loss
 
@@ -73,10 +73,10 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advant
 
     if ref_logps is not None:
         # Eq. 4. Its value is the k3 estimate of KL(pi_theta || pi_ref): never negative, of low variance. On samples of
-        # the policy itself its gradient is that of KL(pi_ref || pi_theta), as everywhere in GRPO. The plain difference
-        # logps - ref_logps (k1) cannot stand here: its expected gradient is zero.
+        # the policy itself its gradient, (1 - pi_ref / pi_theta) times that of logps, is KL(pi_ref || pi_theta)'s, as
+        # everywhere in GRPO. The plain difference logps - ref_logps (k1) cannot stand here: its expected gradient is 0.
         gap = ref_logps - logps
-        gap = gap.clamp(max=20.0)  # exp of more overflows; by the clamp such a token has no KL gradient
+        gap = gap.clamp(max=20.0)  # beyond, one token would be the whole loss; by the clamp it has no KL gradient
         kl = torch.exp(gap) - gap - 1
         per_token = per_token + kl_coef * kl
         metrics["kl"] = mean(kl).item()
@@ -98,7 +98,8 @@ class Rollout(NamedTuple):
 def scaled_logits(model: nn.Module, hidden: Tensor, temperature: float, banned: Tensor) -> Tensor:
     """(..., H) -> (..., V) float32 logits over temperature; one function for sampling and training, so both agree.
 
-    `banned` ids (the video and image pads, which would ask for video features) get the lowest finite value.
+    `banned` ids (the video and image pads, which would ask for video features) get the lowest finite value: with -inf
+    the entropy would be nan.
     """
     logits = model.lm_head(hidden).float() / temperature
     return logits.index_fill(-1, banned, torch.finfo(torch.float32).min)
@@ -156,7 +157,7 @@ def group_logps(model: nn.Module, prompts: list[Prompt], ids: Tensor, mask: Tens
     where the vision tower is frozen; without them it runs here, with gradients if it is trained.
     """
     features = features or visual_features(model, prompts)
-    # predictor (tokens,): the place in the row whose hidden state predicts each completion token, in ids[mask]'s order
+    # predictor[k]: the place in the row whose hidden state predicts the k-th token of ids[mask], the one before it
     attention, positions, predictor = pack(prompts, mask)
     row = embed(model, prompts, features, ids[mask])
     hidden = run_language_model(model, row, positions, attention)[0, predictor]  # (tokens of all completions, H)
@@ -181,7 +182,7 @@ def group_logps(model: nn.Module, prompts: list[Prompt], ids: Tensor, mask: Tens
 
 
 class Policy(nn.Module):
-    """A model whose forward is `group_logps`: DistributedDataParallel averages only what enters through forward."""
+    """A model whose forward is `group_logps`: DistributedDataParallel averages gradients of passes through forward."""
 
     def __init__(self, model: nn.Module, banned: Tensor, temperature: float):
         super().__init__()

@@ -6,10 +6,11 @@ Each iteration is one optimiser step on one task, drawn for all ranks together: 
 video and query -> start and end, reward IoU + format), else an inversion (the ground-truth clip -> the query's verbs,
 reward verb match + format): Verb Completion, Action Recognition or Video Description. In short, Algorithm 1 is
 
-    lines 6-11    draw the task: grounding with probability p, else one of the inversions      Eq. 13
-    line 12       sample a group of G completions for each prompt
-    line 13       reward each completion                                                       Eq. 10, 11
-    lines 14-16   compare within the group, and step the policy with a KL penalty              Eq. 3, 4
+    lines 6-11      draw the task: grounding with probability p, else one of the inversions    Eq. 13
+    line 12         sample a group of G completions for each prompt
+    lines 8, 13     reward each completion                                                     Eq. 10, 11
+                    compare within the group                                                   Eq. 3
+    lines 9, 14-16  take the gradient, with a KL penalty, and step the policy                  Eq. 3, 4
 
 `grpo_iteration` is these lines, `update` the last of them. --demonstrations runs a supervised stage in the same loop:
 each given completion is a group of one with advantage 1 and no KL, whose gradient is that of cross-entropy.
@@ -27,8 +28,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
@@ -36,9 +35,10 @@ import grpo
 import rewards
 from engine import checkpoints
 from engine.annotations import append_rollouts
-from engine.optimizer import MasterAdamW
+from engine.clips import Clips, Item, read_ahead
+from engine.optimizer import data_parallel, sharded_adamw
 from engine.prompts import completion_texts, encode_completions
-from engine.runtime import Log, StopSignal, combine, group_metrics, make_loader, random_generator, run, say
+from engine.runtime import Log, StopSignal, combine, group_metrics, launch, random_generator, say
 from engine.settings import UserError, flag, parse_settings
 
 
@@ -46,8 +46,9 @@ from engine.settings import UserError, flag, parse_settings
 class Config(data.Settings):
     """The settings of a training run: those of data.Settings (files, videos, formats) and these.
 
-    A number is above `above`, at least `least`, at most `most`. An option has no meaning without the option `needs` or
-    beside the option `unless`. A `free` option may change when a run goes on. engine/settings.py checks all of this.
+    A number is above `above`, at least `least`, at most `most`. needs="x": valid only together with --x. unless="x":
+    not allowed together with --x. free: may change when a run goes on. engine/settings.py checks all of this.
+    "Released code" is the repository that the paper's authors published.
     """
 
     # the method
@@ -82,8 +83,8 @@ class Config(data.Settings):
     max_grad_norm: float = flag(1.0, "gradient clipping; released code", above=0)
     epochs: float = flag(2.0, "passes over the samples; Appendix C", above=0)
     iterations: int = flag(0, "optimiser steps instead of --epochs; 0: by epochs", least=0)
-    accumulation: int = flag(1, "micro-batches of an iteration on each rank; an iteration has --micro-batch x this x "
-                             "processes prompts (the paper's batch of 4 is ambiguous)", above=0, free=True)
+    accumulation: int = flag(1, "micro-batches of an iteration on each rank. Prompts of an iteration: --micro-batch "
+                             "x this x processes (the paper's batch of 4 is ambiguous)", above=0, free=True)
     train_vision: bool = flag(False, "train the vision tower and merger too; released code")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass; released code")
     # the run
@@ -91,8 +92,8 @@ class Config(data.Settings):
     save_every: int = flag(500, "iterations between checkpoints; one is written at the end in any case", above=0,
                            free=True)
     keep: int = flag(2, "checkpoints kept", above=0, free=True)
-    save_rollouts: bool = flag(False, "append every completion and its rewards to rollouts.<rank>.jsonl (TAR-TVG)",
-                               unless="demonstrations")
+    save_rollouts: bool = flag(False, "append every completion and its rewards to rollouts.<rank>.jsonl, which "
+                               "papers/stages.py reads", unless="demonstrations")
     eval_every: int = flag(0, "iterations between evaluations on held-out samples (Figure 1, right); 0: none", least=0)
     eval_annotations: str = flag("data/charades_sta_test.txt", "held-out rows", needs="eval_every")
     eval_videos: str = flag("", "their videos; empty: --videos", needs="eval_every")
@@ -108,7 +109,10 @@ class Config(data.Settings):
             raise UserError("--annotations has no meaning with --demonstrations; leave one of them out.")
 
     def reward_settings(self) -> dict:
-        """The settings of `rewards.score` with which completions are rewarded."""
+        """The settings of `rewards.score` with which completions are rewarded.
+
+        Evaluation leaves these two out, so that every model is measured by equal verbs.
+        """
         return self.scoring() | {"inversion_reward": self.inversion_reward, "vd_verb_cap": self.vd_verb_cap}
 
     def peak_lr(self) -> float:
@@ -127,7 +131,7 @@ class Run(NamedTuple):
     completions: list[str] | None  # of the demonstrations
     sampler: data.TaskSampler
     model: torch.nn.Module  # the policy's Qwen2.5-VL
-    policy: torch.nn.Module  # DistributedDataParallel(grpo.Policy(model))
+    policy: torch.nn.Module  # grpo.Policy(model), averaging gradients over the ranks
     reference: torch.nn.Module | None  # grpo.Policy, frozen
     processor: checkpoints.Processor  # tokenizer, pixel statistics, ids that end a completion or are banned
     optimizer: torch.optim.Optimizer  # AdamW with float32 master weights, sharded over the ranks
@@ -139,7 +143,7 @@ class Batch(NamedTuple):
     prompts: list[grpo.Prompt]
     ids: torch.Tensor  # (N, C)
     mask: torch.Tensor  # (N, C)
-    features: list[torch.Tensor] | None  # of the videos; None: the policy and the reference each run their own tower
+    features: list[torch.Tensor] | None  # the frozen tower's, shared by policy and reference; None where it is trained
     advantages: torch.Tensor  # (N,)
     sampler_logps: torch.Tensor | None  # (N, C), only to measure their gap to the training pass
     ref_logps: torch.Tensor | None  # (N, C)
@@ -148,8 +152,11 @@ class Batch(NamedTuple):
 # ------------------------------------------------------------------------------------------------ Algorithm 1
 
 
-def grpo_iteration(run: Run, iteration: int, items: list[data.Item], lr: float) -> dict[str, float]:
-    """One iteration on this rank -> metrics. `items` are its samples with their clips, decoded in the workers."""
+def grpo_iteration(run: Run, iteration: int, items: list[Item], lr: float) -> dict[str, float]:
+    """One iteration on this rank -> metrics. `items` are its samples with their clips, decoded in the workers.
+
+    The clip is the whole video for grounding, the ground-truth segment for an inversion.
+    """
     began = time.perf_counter()
     config = run.config
     G = config.group_size
@@ -167,9 +174,9 @@ def grpo_iteration(run: Run, iteration: int, items: list[data.Item], lr: float) 
 
     texts = completion_texts(run.processor.tokenizer, rollout)  # prompt by prompt, G of each
     settings = config.reward_settings()
-    scores = [rewards.score(task, text, samples[n // G], **settings) for n, text in enumerate(texts)]  # line 13
+    scores = [rewards.score(task, text, samples[n // G], **settings) for n, text in enumerate(texts)]  # lines 8, 13
     totals = torch.tensor([s["total"] for s in scores], device=run.model.device).view(-1, G)  # (prompts, G)
-    advantages = grpo.group_advantages(totals).flatten()  # line 14, Eq. 3
+    advantages = grpo.group_advantages(totals).flatten()  # Eq. 3
     if config.save_rollouts:
         file = Path(config.output) / f"rollouts.{dist.get_rank()}.jsonl"
         append_rollouts(file, iteration, task, samples, texts, scores)
@@ -179,10 +186,10 @@ def grpo_iteration(run: Run, iteration: int, items: list[data.Item], lr: float) 
     metrics = group_metrics(task, scores, G)
     metrics["cut_off"] = (~rollout.ended).float().mean().item()
     metrics["rollout_seconds"] = time.perf_counter() - began
-    return metrics | update(run, batches, lr)  # lines 15-16, Eq. 3 and 4
+    return metrics | update(run, batches, lr)  # lines 9, 14-16, Eq. 3 and 4
 
 
-def supervised_iteration(run: Run, iteration: int, items: list[data.Item], lr: float) -> dict[str, float]:
+def supervised_iteration(run: Run, iteration: int, items: list[Item], lr: float) -> dict[str, float]:
     """One iteration of imitation: every demonstration is a group of one with advantage 1."""
     began = time.perf_counter()
     device = run.model.device
@@ -234,8 +241,8 @@ def update(run: Run, batches: list[Batch], lr: float) -> dict[str, float]:
         for i, batch in enumerate(batches):
             share = 1 / len(batches)
             if config.loss_reduction == "token":
-                # Wanted: the sum over all tokens of all W ranks / all_tokens. The loss has divided this batch's sum by
-                # this batch's tokens, and DDP will divide by W.
+                # Of all batches b on all W ranks, with sum S_b over T_b tokens, sum(S_b) / all_tokens is wanted. The
+                # loss is S_b / T_b, and DDP divides by W.
                 share = float(batch.mask.sum() / all_tokens) * dist.get_world_size()
             is_last = i == len(batches) - 1
             with nullcontext() if is_last else run.policy.no_sync():  # ranks average once, in the last backward pass
@@ -272,19 +279,14 @@ def make_run(config, device, samples, completions, sampler, resume_from) -> Run:
     model, processor = checkpoints.load_model(resume_from or config.model, device)
     model.model.visual.requires_grad_(config.train_vision)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})  # gradient_checkpointing_enable until 5.10
     reference = None
     if config.kl_coef and not completions:
         original, _ = checkpoints.load_model(config.model, device)  # where the run started, also after a restart
         reference = grpo.Policy(original.requires_grad_(False).eval(), processor.banned, config.temperature)
-    # With gradient_as_bucket_view gradients live in DDP's buckets, not in a second copy. By default DDP rebuilds its
-    # buckets after the first backward pass and briefly holds both. A list of sizes (MB, of torch 2.13's
-    # DistributedDataParallel; the last one counts for all further buckets) keeps the first buckets.
-    policy = DistributedDataParallel(grpo.Policy(model, processor.banned, config.temperature),
-                                     gradient_as_bucket_view=True, bucket_cap_mb_list=[25])
-    optimizer = ZeroRedundancyOptimizer(
-        [p for p in model.parameters() if p.requires_grad], optimizer_class=MasterAdamW,
-        lr=config.peak_lr(), betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay)
+    policy = data_parallel(grpo.Policy(model, processor.banned, config.temperature))
+    optimizer = sharded_adamw(model, lr=config.peak_lr(), betas=config.betas, eps=config.adam_eps,
+                              weight_decay=config.weight_decay)
     if resume_from:
         checkpoints.load_optimizer(resume_from, model, optimizer)
     return Run(config, samples, completions, sampler, model, policy, reference, processor, optimizer)
@@ -297,10 +299,7 @@ def train(config: Config, device: torch.device):
     if finished:
         say(f"{config.output} is finished: {resume_from}")
         return
-    if config.demonstrations:
-        samples, completions, tasks = data.load_imitated(config)
-    else:
-        samples, completions, tasks = data.load_training(config), None, None
+    samples, completions, tasks = data.load_imitated(config) if config.demonstrations else data.load_training(config)
     held_out = []
     if config.eval_every:
         held_out = data.load_samples(config, config.eval_annotations, config.eval_videos, "--eval-annotations")
@@ -310,10 +309,10 @@ def train(config: Config, device: torch.device):
     run = make_run(config, device, samples, completions, sampler, resume_from)
     start = checkpoints.read_run(resume_from)["iteration"] if resume_from else 0
 
-    clips = data.TrainingClips(samples, sampler, tasks, **config.clip_settings())
-    # The data set is indexed by (iteration, slot); the loader's batch is what one iteration needs on this rank.
-    keys = [[(iteration, slot) for slot in sampler.slots] for iteration in range(start, total)]
-    loader = iter(make_loader(clips, config.workers, batch_sampler=keys))
+    # What each iteration needs on this rank: for every slot, a prompt's place in it, the samples to try until a video
+    # can be read.
+    wanted = ([sampler.candidates(k, slot, tasks) for slot in sampler.slots] for k in range(start, total))
+    arriving = read_ahead(Clips(samples, config.clip_settings()), wanted, config.workers, config.clip_timeout)
     log = Log(config, start, total)
     stop = StopSignal()
     step = supervised_iteration if completions else grpo_iteration
@@ -322,7 +321,7 @@ def train(config: Config, device: torch.device):
         if config.eval_every and iteration % config.eval_every == 0:
             measure(run, held_out, iteration, log)
         began = time.perf_counter()
-        items = next(loader)
+        items = next(arriving)
         wait_seconds = time.perf_counter() - began
         redrawn = data.report_unreadable(items)
 
@@ -338,7 +337,7 @@ def train(config: Config, device: torch.device):
             checkpoints.save_checkpoint(config, progress, run.model, run.processor, run.optimizer)
         if stopping and done < total:
             say(f"stopped after iteration {done} of {total}; the same command goes on from {config.output}.")
-            raise KeyboardInterrupt  # engine.runtime.run exits with status 130: a script must not take this for the end
+            raise KeyboardInterrupt  # `launch` exits with status 130: a script must not take this for the end
     if config.eval_every:
         measure(run, held_out, total, log)
     say(f"done: {checkpoints.newest_checkpoint(config.output)}")
@@ -351,11 +350,11 @@ def measure(run, held_out, iteration, log):
         shutil.rmtree(output, ignore_errors=True)  # left over from an interrupted run, made with other weights
     dist.barrier()
     rows = evaluate.evenly_spaced(len(held_out), run.config.eval_limit)
-    model = run.model, run.processor
-    metrics = evaluate.evaluate(lambda: model, held_out, rows, rewards.TASKS, run.config, output)
+    # evaluate.py loads a model only when a row is missing; this one is there.
+    metrics = evaluate.evaluate(lambda: (run.model, run.processor), held_out, rows, rewards.TASKS, run.config, output)
     log.write(iteration, "eval", {k: v for k, v in metrics.items() if isinstance(v, float)})
     say(f"iteration {iteration}\n{evaluate.format_metrics(metrics)}")
 
 
 if __name__ == "__main__":
-    run(train, parse_settings(Config, __doc__))
+    launch(train, parse_settings(Config, __doc__))

@@ -67,16 +67,17 @@ def iou_reward(completion: str, sample, well_formed: float) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------------ inversions
 #
-# `mask_verbs(query)` gives the query with [] for each verb, and the roots of its verbs in order: the gold verbs.
+# mask_verbs("person is closing the door") gives ("person is [] the door", ("close",)): the query with [] for each verb,
+# auxiliaries left alone, and the roots of its verbs in order, the gold verbs.
 # `scoring` is a `Scoring`, the settings of the command line, defined with the table of tasks below.
 
 
 def vc_reward(answer: str, query: str, scoring: "Scoring") -> float:
     """Verb completion (Eq. 5): 1 if the answer's verbs v_pred have the roots of the query's verbs v_gt, in order.
 
-    The answer's verbs are read in two ways, and the better reading counts: from the blanks of the masked query (the
-    tagger misses some verbs in other tenses), and by tagging the answer (it may be another sentence with the same
-    verbs). Both must have as many verbs as the query, so extra verbs earn nothing.
+    The answer's verbs are read in two ways, and the better one counts. (1) If the answer repeats the rest of the query,
+    the words in its blanks: the tagger would miss some verbs in other tenses. (2) The verbs that the tagger finds, in
+    whatever sentence. Either way there must be as many verbs as the query has, so extra verbs earn nothing.
     """
     masked_query, gold = mask_verbs(query)
     if not gold or is_too_long(answer):
@@ -144,7 +145,7 @@ class Format(NamedTuple):
     """How a completion is laid out: the prompt's words for it, and the blocks that make it well-formed (Eq. 9)."""
 
     blocks: tuple[str, ...]  # tags in order; the last one holds the answer
-    thinking: str  # how the prompt asks for what comes before the answer; the instruction follows
+    thinking: str  # first half of the prompt's last sentence; the task's instruction is the second
     free_text: bool = False  # whether text may stand between and after the blocks
 
 
@@ -182,7 +183,7 @@ class Grounding(NamedTuple):
     format: Format
     reward: Callable  # (completion, sample, 1 if well-formed else 0) -> parts, "iou" and "total" among them
     metrics: Callable = lambda parts: {}  # parts -> further columns of an evaluation, in percent
-    needs_duration: bool = False  # training leaves out samples whose video states none
+    needs_duration: bool = False  # samples without a known video duration are dropped from training
 
 
 # The paper prints no prompt for grounding. The words are Time-R1's, the paper's baseline.
@@ -206,7 +207,7 @@ DEFAULTS = Scoring()
 
 
 def suitable(task: str, queries: list[str]) -> list[bool]:
-    """Which queries a task can be asked about: all for grounding, those with a verb for an inversion."""
+    """Which queries a task can be asked about: all for grounding, those that the inversion's `suits` accepts."""
     if task == "tvg":
         return [True] * len(queries)
     mask_queries(queries)  # one pass of spaCy fills the cache of mask_verbs
@@ -233,14 +234,15 @@ def score(task: str, completion: str, sample, **settings) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------------ reading a completion
 
-# A number of seconds that is no part of something longer: 12, 12.5, "12.5 s", "12 seconds".
+# A number of seconds that is no part of something longer: 12, 12.5, "12.5 s", "12 seconds". Without these conditions
+# "01:12 to 01:20" would be read as 12 to 1. A span is "a to b" or, as TVG-R1's answers have it, "[a, b]".
 NUMBER = r"""
     (?<! [\w.+\-−–] )          # not the end of a word, a date or a range: x3, 1.200.5, -3, 10-12
     (?<! [0-9][:,/] )          # not the end of a clock time, a fraction or a long number: 01:12, 3/4, 1,200
     ( [0-9]{1,6} (?:\.[0-9]+)? )
     (?: \s* (?:seconds?|secs?|s) )?
     (?! \w )                   # not the beginning of a word: 1e9, 3rd
-    (?! [:.,/\-−–][0-9] )      # not the beginning of any of the above
+    (?! [:.,/\-−–][0-9] )      # not the beginning of 1:30, 3/4, 1,200 or 10-12
     (?! \s* (?:%|min) )        # not a share, and not minutes
 """
 LISTED = r"( [0-9]{1,6} (?:\.[0-9]+)? )"
@@ -262,7 +264,7 @@ def format_reward(task: str, completion: str, scoring: Scoring = DEFAULTS) -> fl
 
 
 def is_well_formed(completion: str, form: Format) -> bool:
-    """Whether a completion is the format's blocks in order, each with a body, and nothing else but white space."""
+    """Whether a completion is the format's blocks in order, each with a body, and (but for free_text) nothing else."""
     tags = tag_pattern(form.blocks)
     expected = []
     for block in form.blocks:
@@ -279,8 +281,7 @@ def is_well_formed(completion: str, form: Format) -> bool:
 def parse_answer(completion: str, block: str = "answer") -> str | None:
     """The body of the last complete <answer>...</answer>, without stray tags; None where there is none.
 
-    It counts also where the rest of the completion is malformed. Of the opening tags that are closed later on, the last
-    one counts, up to its first closing tag.
+    It counts also where the rest of the completion is malformed: of "<answer>a<answer>b</answer>c</answer>" it is "b".
     """
     end = completion.rfind(f"</{block}>")
     start = completion.rfind(f"<{block}>", 0, max(end, 0))

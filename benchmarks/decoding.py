@@ -26,9 +26,9 @@ import av
 import numpy as np
 import torch
 
-from data import TaskSampler, TrainingClips
+from data import TaskSampler
 from engine.annotations import Sample
-from engine.runtime import make_loader
+from engine.clips import Clips, read_ahead
 from engine.video import read_video, video_duration
 
 SEGMENTS = (2.5, 5, 10, 20, 40)  # seconds
@@ -187,13 +187,13 @@ def wait(durations, video, folder, workers, iterations):
     print(f"{'step':>8}{'clips/s':>10}{'first wait':>12}{'then mean':>12}{'median':>10}{'max':>8}   seconds")
     for duration in (0.0, *durations):
         sampler = TaskSampler(len(samples), suits, prompts=1, iterations=iterations)
-        keys = [[(iteration, slot) for slot in sampler.slots] for iteration in range(iterations)]
-        loader = iter(make_loader(TrainingClips(samples, sampler), workers, batch_sampler=keys))
+        wanted = [[sampler.candidates(k, slot) for slot in sampler.slots] for k in range(iterations)]
+        arriving = read_ahead(Clips(samples, {}), wanted, workers, 600)
         waits = []
         started = time.perf_counter()
         for _ in range(iterations):
             began = time.perf_counter()
-            next(loader)
+            next(arriving)
             waits.append(time.perf_counter() - began)
             time.sleep(duration)
         rate = iterations / (time.perf_counter() - started)

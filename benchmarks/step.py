@@ -227,10 +227,10 @@ class Meter:
             peak = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             return peak / 2**20 - self.idle
-        peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # KiB
+        peak = int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])  # KiB
         # glibc keeps freed blocks: without trimming, a phase would be charged for its predecessor's.
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM falls to what is resident now
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM falls to what is resident now
         return peak / 1024 - self.idle
 
     def settle(self):

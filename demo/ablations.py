@@ -126,7 +126,8 @@ def make_seed(sweep, seed):
         rows = f"{out}/train.txt"
         if sweep == "few":
             rows = f"{out}/few.txt"
-            Path(rows).write_text("".join(Path(f"{out}/train.txt").read_text().splitlines(True)[FEW_ROWS]))
+            lines = Path(f"{out}/train.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+            Path(rows).write_text("".join(lines[FEW_ROWS]), encoding="utf-8")
         if name == "invert-sft-grpo":
             pairs = f"{out}/invert-sft.jsonl"
             yield ["-m", "papers.stages", "invert-sft", "--annotations", rows, "--output", pairs]
@@ -141,7 +142,7 @@ def make_seed(sweep, seed):
             yield evaluate(name, f"{name}-transfer", "transfer.json")
 
     def make(name):
-        with open(out / f"{name}.log", "a") as log:
+        with open(out / f"{name}.log", "a", encoding="utf-8") as log:
             for command in commands(name):
                 subprocess.run([sys.executable, *command], stdout=log, stderr=log, env=environment, check=True)
         print(f"seed {seed}: {name} is finished", flush=True)
@@ -154,7 +155,7 @@ def make_seed(sweep, seed):
                 result.result()
             except subprocess.CalledProcessError as error:
                 pool.shutdown(cancel_futures=True)
-                last = (out / f"{name}.log").read_text().strip().split("\n")[-1]
+                last = (out / f"{name}.log").read_text(encoding="utf-8").strip().split("\n")[-1]
                 sys.exit(f"demo.ablations: {name} of seed {seed} ended with status {error.returncode}, see "
                          f"{out}/{name}.log: {last}")
 
@@ -170,7 +171,7 @@ def collect(sweep, seeds):
         for path in sorted(Path(f"runs/demo-{seed}").glob("*/metrics.json")):
             run = path.parent.name.removesuffix("-test")
             if run in known:
-                metrics = json.loads(path.read_text())
+                metrics = json.loads(path.read_text(encoding="utf-8"))
                 rows.append({"seed": seed, "run": run} | {name: round(metrics[name], 2) for name in METRICS})
     return rows
 
@@ -219,11 +220,11 @@ def main(sweep, seeds):
         for seed in seeds:
             make_seed(sweep, seed)
         path = Path(f"runs/{sweep}.csv")
-        with open(path, "w", newline="") as file:
+        with open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, ("seed", "run", *METRICS))
             writer.writeheader()
             writer.writerows(collect(sweep, seeds))
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         print(table(sweep, list(csv.DictReader(file))))
 
 

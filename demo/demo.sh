@@ -7,31 +7,32 @@ cd "$(dirname "$0")/.."
 seed=0
 case ${1:-} in [0-9]*) seed=$1; shift ;; esac
 out=runs/demo-$seed
-export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=  # one core a process; two processes run side by side
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT  # a run in the background saves before it stops
+source demo/jobs.sh
 
 # A mistyped option must not cost the minutes before it is used.
 python -c 'import sys; import invert4tvg as i; sys.argv[0] = "demo.sh"; i.parse_settings(i.Config, "")' "$@"
 
-bash demo/warm_start.sh "$seed"
+run bash demo/warm_start.sh "$seed"
 train=(python invert4tvg.py @demo/toy.args --videos "$out/videos" --seed "$seed" --model "$out/warm")
 grpo=("${train[@]}" @demo/grpo.args --annotations "$out/train.txt" "$@")
 
 echo "--- 4 of 6: GRPO, with inversion (shown) and on grounding alone ($out/tvg-only.log); about 3 minutes left"
 "${grpo[@]}" --p 1 --output "$out/tvg-only" > "$out/tvg-only.log" 2>&1 &
-"${grpo[@]}" --p 0.8 --output "$out/grpo"
-wait $!
+other=$!
+run "${grpo[@]}" --p 0.8 --output "$out/grpo"
+wait "$other"
 
 echo "--- 5 of 6: as much time of supervised training ($out/supervised.log), and evaluation; about 2 minutes left"
 iterations=$(python -m demo.table "$out" iterations)
 "${train[@]}" --demonstrations "$out/warmup-2.jsonl" --lr 1e-3 --iterations "$iterations" \
     --output "$out/supervised" > "$out/supervised.log" 2>&1 &
+other=$!
 evaluate() {
-    python evaluate.py --videos "$out/videos" --annotations "$out/test.txt" --workers 1 --micro-batch 256 \
+    run python evaluate.py --videos "$out/videos" --annotations "$out/test.txt" --workers 1 --micro-batch 256 \
         --model "$out/$1" --output "$out/$1-test"
 }
-for run in warm grpo tvg-only; do evaluate "$run"; done
-wait $!
+for name in warm grpo tvg-only; do evaluate "$name"; done
+wait "$other"
 evaluate supervised
 
 echo "--- 6 of 6: the table"

@@ -30,7 +30,7 @@ PAPERS_COLUMNS = (*COLUMNS[:4], "format", "2-4 anchors", "anchor gain")
 
 def logged(folder, run, name):
     """One metric of all iterations of a run."""
-    lines = (folder / run / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)[name] for line in lines]
 
 
@@ -68,7 +68,7 @@ def print_demo(folder):
     print(line(label, None, metrics, COLUMNS))
     found = {}
     for run, label in ROWS.items():
-        found[run] = json.loads((folder / f"{run}-test" / "metrics.json").read_text())
+        found[run] = json.loads((folder / f"{run}-test" / "metrics.json").read_text(encoding="utf-8"))
         spent = minutes(folder, ["sees", "warm"] if run == "warm" else [run])
         print(line(label, spent, found[run], COLUMNS))
     actions = statistics.mean(found["grpo"][c] - found["tvg-only"][c] for c in ("VC", "AR", "VD"))
@@ -81,7 +81,7 @@ def print_rows(folder, rows):
     for row in rows:
         label, _, found = row.partition("=")
         evaluation, _, runs = found.partition(":")
-        metrics = json.loads((folder / evaluation / "metrics.json").read_text())
+        metrics = json.loads((folder / evaluation / "metrics.json").read_text(encoding="utf-8"))
         print(line(label, minutes(folder, runs.split(",")) if runs else None, metrics, PAPERS_COLUMNS))
 
 

@@ -112,7 +112,7 @@ def _cut_log(log, start):
 
 def read_run(checkpoint):
     """-> what `save_checkpoint` noted: "iteration" and, of the whole run, "iterations", "prompts", "config"."""
-    return json.loads((checkpoint / "run.json").read_text())
+    return json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
 
 
 def save_checkpoint(config, progress, model, processor, optimizer):

@@ -1,6 +1,23 @@
-"""AdamW for bfloat16 weights."""
+"""Data parallelism, and AdamW for bfloat16 weights, sharded over the ranks."""
 
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+
+def data_parallel(policy):
+    """Average the policy's gradients over the ranks in each backward pass.
+
+    With gradient_as_bucket_view gradients live in DDP's buckets, not in a second copy. DDP rebuilds its buckets after
+    the first backward pass, and briefly holds both, unless their sizes (here 25 MB each) are given as a list.
+    """
+    return DistributedDataParallel(policy, gradient_as_bucket_view=True, bucket_cap_mb_list=[25])
+
+
+def sharded_adamw(model, **settings):
+    """AdamW over the model's trained parameters, with each rank holding a share of the state."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return ZeroRedundancyOptimizer(trained, optimizer_class=MasterAdamW, **settings)
 
 
 class MasterAdamW(torch.optim.Optimizer):

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine.settings import UserError
@@ -24,6 +23,10 @@ def setup_distributed():
 
     One process, gloo on CPUs and NCCL on GPUs all run the same code; only the world size differs.
     """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        sys.exit(f"Slurm started {tasks} copies of this program, which know nothing of each other; start one torchrun "
+                 "on each node, as in `srun --ntasks-per-node 1 torchrun ...`.")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda and device.index >= torch.cuda.device_count():
@@ -33,7 +36,11 @@ def setup_distributed():
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # Ranks wait for each other's videos and evaluations: longer than NCCL's ten minutes.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2), **alone)
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2), **alone)
+    except (ValueError, RuntimeError) as error:  # a variable of torchrun's is missing, a port is taken
+        reason = str(error).strip().split("\n")[0]
+        sys.exit(f"the processes could not be joined ({reason}); start them with torchrun, or unset RANK for one.")
     return device
 
 
@@ -43,9 +50,11 @@ def say(text):
         tqdm.write(text, file=sys.stdout)
 
 
-def run(program, settings):
+def launch(program, settings):
     """Run `program(settings, device)` in the process group; a user's mistake ends it with one sentence, status 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forked
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a file's name may hold what the console cannot show
     device = setup_distributed()
     try:
         program(settings, device)
@@ -78,20 +87,6 @@ def random_generator(device, *stream):
     return torch.Generator(device).manual_seed(int(seed))
 
 
-def make_loader(dataset, workers, **arguments):
-    """A DataLoader whose items stay as they are, a batch a list, and whose workers leave Ctrl-C to the main process."""
-    return DataLoader(dataset, num_workers=workers, collate_fn=_unchanged, worker_init_fn=_ignore_interrupt,
-                      persistent_workers=workers > 0, prefetch_factor=2 if workers else None, **arguments)
-
-
-def _unchanged(batch):
-    return batch
-
-
-def _ignore_interrupt(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 # ------------------------------------------------------------------------------------------------ the log
 
 
@@ -117,12 +112,13 @@ def combine(rows):
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM let the iteration end and be saved; a second Ctrl-C stops at once."""
+    """Ctrl-C, SIGTERM and a closed terminal let the iteration end and be saved; a second Ctrl-C stops at once."""
 
     def __init__(self):
         self.caught = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.catch)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup means to go on
+                signal.signal(number, self.catch)
 
     def catch(self, number, frame):
         self.caught = True

@@ -93,7 +93,12 @@ def tar_tvg_reward(completion: str, sample, well_formed: float, anchor_weight: f
 
 
 def anchor_metrics(parts: dict[str, float]) -> dict[str, float]:
-    """An evaluation's columns: the share of answers with two to four anchors, and the gain of those that have any."""
+    """An evaluation's columns: the share of answers with two to four anchors, and the gain of those that have any.
+
+    Predictions of a model that was not asked for anchors have neither.
+    """
+    if "anchors" not in parts:
+        return {}
     metrics = {"2-4 anchors": 100.0 * (parts["anchors"] in ANCHORS_WANTED)}
     if parts["anchors"]:
         metrics["anchor gain"] = 100 * parts["anchor_gain"]

@@ -208,7 +208,7 @@ def number(kind, low, high):
     def parse_number(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"it is {text} and lies between {low:g} and {high:g}")
+            raise argparse.ArgumentTypeError(f"it is {text}; it must lie between {low:g} and {high:g}")
         return value
 
     return parse_number

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # Sourced by the scripts beside it, with their first argument: a seed of the toy, or charades-3b or charades-7b.
 case ${1:-0} in
     charades-3b | charades-7b)
@@ -14,10 +15,10 @@ case ${1:-0} in
         exit 2 ;;
     *)
         out=runs/demo-${1:-0} base=$out/warm rows=$out/train.txt test=$out/test.txt rows_kept=1000
-        export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
-        train=(python invert4tvg.py @demo/toy.args @demo/grpo.args --videos "$out/videos" --seed "${1:-0}")
-        evaluate=(python evaluate.py --videos "$out/videos" --workers 1 --micro-batch 128)
+        source demo/jobs.sh
+        train=(run python invert4tvg.py @demo/toy.args @demo/grpo.args --videos "$out/videos" --seed "${1:-0}")
+        evaluate=(run python evaluate.py --videos "$out/videos" --workers 1 --micro-batch 128)
         long=(--iterations 700) half=(--iterations 250) short=(--iterations 60) sft=(--iterations 400 --lr 1e-3)
         anchors=(--tvg-reward anchors --max-new-tokens 48)
-        bash demo/warm_start.sh "${1:-0}" ;;
+        run bash demo/warm_start.sh "${1:-0}" ;;
 esac

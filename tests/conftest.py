@@ -33,7 +33,7 @@ import rewards
 from engine.attention import Prompt, install_attention
 from engine.checkpoints import newest_checkpoint
 from engine.prompts import encode_prompt, patchify, position_ids
-from engine.runtime import run, setup_distributed
+from engine.runtime import launch, setup_distributed
 from engine.settings import parse_settings
 
 torch.set_num_threads(1)
@@ -243,7 +243,7 @@ def train(config, **changes):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         config = dataclasses.replace(config, **changes)
-        run(invert4tvg.train, config)
+        launch(invert4tvg.train, config)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -253,7 +253,7 @@ def train(config, **changes):
 def measure(settings, **changes):
     """Run evaluate.py -> its metrics."""
     settings = dataclasses.replace(settings, **changes)
-    run(evaluate.main, settings)
+    launch(evaluate.main, settings)
     return json.loads((Path(settings.output) / "metrics.json").read_text())
 
 
@@ -265,7 +265,7 @@ def parse(cls, *argv):
 def demonstrated(config):
     """What the supervised stage of `config` learns from -> a list of (query, completion, task)."""
     found = []
-    run(lambda config, device: found.extend(zip(*data.load_imitated(config))), config)
+    launch(lambda config, device: found.extend(zip(*data.load_imitated(config))), config)
     return [(sample.query, completion, task) for sample, completion, task in found]
 
 
@@ -276,7 +276,7 @@ def write_lines(path, rows):
 
 
 def lines_of(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines() if line]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
 
 
 def log_of(output):

@@ -113,7 +113,7 @@ def test_a_run_that_goes_on_equals_an_uninterrupted_one_bit_for_bit(lively):
     assert written.count("\n") == 4 * 2 * 3  # iterations, prompts, completions
     shutil.rmtree(newest_checkpoint(lively.output))  # as if it had died after iteration 3
     for path in (rollouts, Path(lively.output) / "metrics.jsonl"):
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write('{"iteration": 4, "vid')  # while writing
     train(lively, save_every=2, save_rollouts=True)
     again = weights_of(lively.output)

@@ -7,11 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import TEN_HZ, shown, write_video
+from conftest import write_video
 
 import papers.rewards
 import rewards
-from data import Sample, Settings, TaskSampler, TrainingClips, build_prompt, load_training, prompt_text, read_clip
+from data import Sample, Settings, TaskSampler, build_prompt, load_training, prompt_text
 from engine.checkpoints import Processor
 from engine.settings import UserError
 from engine.video import Clip
@@ -44,9 +44,10 @@ def test_training_rows_are_those_that_can_be_trained_on(alone, tmp_path, capsys)
     with pytest.raises(UserError, match="1 of 3 videos are missing"):
         load_training(settings)
     settings = dataclasses.replace(settings, allow_missing_videos=True)
-    assert [s.query for s in load_training(settings)] == ["a door", "a lamp"]
+    assert [s.query for s in load_training(settings)[0]] == ["a door", "a lamp"]
     assert "2 samples; 1 ends clamped to the video's, 1 rows dropped" in capsys.readouterr().out
-    assert [s.query for s in load_training(dataclasses.replace(settings, tvg_reward="timestamp_iou"))] == ["a door"]
+    timed = dataclasses.replace(settings, tvg_reward="timestamp_iou")
+    assert [s.query for s in load_training(timed)[0]] == ["a door"]
     (tmp_path / "rows.txt").write_text("AAA 2.0 1.0##a box.\n")
     with pytest.raises(UserError, match="no row is left"):
         load_training(settings)
@@ -186,46 +187,22 @@ def test_without_any_verb_only_tvg_is_possible():
     assert len(list(sampler(verbless=range(50), p=1, iterations=3))) == 3
 
 
-# ---- Training clips
+# ---- Candidates
 
 
-def test_tvg_sees_the_whole_video_and_inversions_the_segment_alone(tmp_path):
-    sample = Sample(str(write_video(tmp_path / "a.mp4")), "q", 1.0, 2.0)
-    assert shown(read_clip(sample, "tvg")) == [0, 5, 10, 15, 20, 25, 30, 35]
-    for task in INVERSIONS:
-        assert shown(read_clip(sample, task)) == [10, 15]
-
-
-@pytest.fixture
-def mixed(tmp_path):
-    """Eight samples, of which the even ones have no readable video."""
-    good, bad = write_video(tmp_path / "good.mp4", TEN_HZ[:10]), tmp_path / "bad.mp4"
-    bad.write_bytes(bytes(range(256)) * 40)
-    return [Sample(str(good if i % 2 else bad), "q", 0.0, 0.5) for i in range(8)]
-
-
-def test_an_unreadable_video_is_redrawn_with_the_same_task(mixed):
+def test_a_slots_candidates_are_its_draws_for_one_task():
     draw = sampler(n=8, prompts=2, p=0.5)
-    clips = TrainingClips(mixed, draw)
-    items = [clips[k, s] for k in range(12) for s in range(2)]
-    assert all(item.index % 2 and item.clip.frames.shape[0] == 2 for item in items)
-    assert [item.task for item in items] == [draw.task(k) for k in range(12) for _ in range(2)]
-    failed = [len(item.failures) for item in items]
-    assert max(failed) > 1 and min(failed) == 0 and all("bad.mp4" in f for item in items for f in item.failures)
-    again = [TrainingClips(mixed, draw)[k, s] for k in range(12) for s in range(2)]
-    assert [(item.index, item.task, item.failures) for item in again] == [(i.index, i.task, i.failures) for i in items]
+    for iteration in range(12):
+        candidates = draw.candidates(iteration, 1)
+        assert candidates == [(draw.index(iteration, 1, attempt), draw.task(iteration)) for attempt in range(8)]
 
 
-def test_eight_failures_hand_back_no_clip_and_the_list(mixed):
-    item = TrainingClips(mixed[::2], sampler(n=4, prompts=2))[0, 1]
-    assert item.clip is None and len(item.failures) == 8 and all("bad.mp4" in f for f in item.failures)
-
-
-def test_demonstrations_keep_their_own_task(mixed):
+def test_demonstrations_keep_their_own_task():
     tasks = ["tvg", "vc", "ar", "vd"] * 2
-    clips = TrainingClips(mixed, sampler(n=8, prompts=2, p=1), tasks, min_frame_pixels=1)
-    for item in (clips[k, 0] for k in range(8)):
-        assert item.task == tasks[item.index] and item.clip.frames.shape[2:] == (56, 56)  # and the limits arrive
+    draw = sampler(n=8, prompts=2, p=1)
+    for iteration in range(8):
+        for index, task in draw.candidates(iteration, 0, tasks):
+            assert task == tasks[index]
 
 
 # ---------------------------------------------------------------------------------------------- slips that once passed

@@ -95,7 +95,7 @@ def test_every_option_that_a_page_names_exists(name):
 
 @pytest.mark.parametrize("sweep", ablations.RUNS)
 def test_the_tables_of_many_runs_are_those_of_the_data(sweep):
-    with open(ROOT / "demo" / f"{sweep}.csv", newline="") as file:
+    with open(ROOT / "demo" / f"{sweep}.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     for line in ablations.table(sweep, rows).splitlines():
         if line.startswith("|"):

@@ -11,7 +11,7 @@ import pytest
 from conftest import measure, reply, scripted, write_video
 
 import evaluate
-from engine.runtime import run
+from engine.runtime import launch
 from engine.settings import UserError, parse_settings
 from papers.rewards import grounding
 
@@ -111,7 +111,7 @@ def lines(settings):
 
 
 def test_every_row_is_measured_on_grounding_and_those_with_verbs_on_inversions(settings, capsys):
-    run(evaluate.main, settings)
+    launch(evaluate.main, settings)
     predictions = lines(settings)
     assert sorted((p["task"], p["row"]) for p in predictions) == [
         (task, row) for task in ("ar", "tvg", "vc", "vd") for row in range(3) if task == "tvg" or row != 1]
@@ -121,7 +121,7 @@ def test_every_row_is_measured_on_grounding_and_those_with_verbs_on_inversions(s
 
 
 def test_interrupted_evaluation_goes_on_and_ends_the_same(settings, monkeypatch):
-    run(evaluate.main, settings)
+    launch(evaluate.main, settings)
     path = Path(settings.output) / "predictions.0.jsonl"
     whole = path.read_text()
     kept = whole.splitlines(keepends=True)
@@ -134,7 +134,7 @@ def test_interrupted_evaluation_goes_on_and_ends_the_same(settings, monkeypatch)
         return answer(model, processor, samples, items, settings, completions)
 
     monkeypatch.setattr(evaluate, "answer", spy)
-    run(evaluate.main, settings)
+    launch(evaluate.main, settings)
     assert len(done) == len(kept) - 4
     expected = sorted(map(json.loads, kept), key=lambda p: (p["row"], p["task"]))
     assert evaluate.read_predictions(settings.output) == expected
@@ -142,8 +142,8 @@ def test_interrupted_evaluation_goes_on_and_ends_the_same(settings, monkeypatch)
 
 def test_samples_are_k_draws_of_each_row_the_same_each_time(settings):
     settings = dataclasses.replace(settings, samples=3, tasks=("tvg",))
-    run(evaluate.main, settings)
-    run(evaluate.main, dataclasses.replace(settings, output=settings.output + "-again"))
+    launch(evaluate.main, settings)
+    launch(evaluate.main, dataclasses.replace(settings, output=settings.output + "-again"))
     first = lines(settings)
     assert sorted((p["row"], p["sample"]) for p in first) == [(row, k) for row in range(3) for k in range(3)]
     assert len({p["completion"] for p in first}) == 9  # a random model's draws differ
@@ -153,7 +153,7 @@ def test_samples_are_k_draws_of_each_row_the_same_each_time(settings):
     kept = evaluate.read_predictions(settings.output)
     path = Path(settings.output) / "predictions.0.jsonl"
     path.write_text("".join(json.dumps(p) + "\n" for p in kept[:4]))  # row 1 has one of three
-    run(evaluate.main, settings)
+    launch(evaluate.main, settings)
     assert len(evaluate.read_predictions(settings.output)) == 9
 
 
@@ -162,86 +162,86 @@ def test_spans_are_read_where_the_reward_asks_for_them(settings, monkeypatch):
     monkeypatch.setattr(evaluate, "answer", lambda model, processor, samples, items, *_: [[completion] for _ in items])
     for name, span, iou in (("tvg_r1", [0.5, 2.0], 1.0), ("iou", [1.0, 1.5], 1 / 3)):
         changed = dataclasses.replace(settings, tvg_reward=name, tasks=("tvg",), output=settings.output + name)
-        run(evaluate.main, changed)
+        launch(evaluate.main, changed)
         first = lines(changed)[0]
         assert (first["span"], first["parts"]["iou"], first["truth"]) == (span, iou, [0.5, 2.0])
 
 
 def test_finished_evaluation_loads_no_model(settings, monkeypatch):
-    run(evaluate.main, settings)
+    launch(evaluate.main, settings)
     monkeypatch.setattr(evaluate, "load_model", None)
-    run(evaluate.main, settings)
+    launch(evaluate.main, settings)
 
 
 def test_predictions_of_other_settings_are_not_mixed_in(settings, capsys):
-    run(evaluate.main, settings)
+    launch(evaluate.main, settings)
     with pytest.raises(SystemExit):
-        run(evaluate.main, dataclasses.replace(settings, fps=1.0))
+        launch(evaluate.main, dataclasses.replace(settings, fps=1.0))
     assert "another --fps" in capsys.readouterr().err
 
 
 def test_how_many_prompts_run_together_matters_to_samples_alone(settings, capsys):
-    run(evaluate.main, dataclasses.replace(settings, tasks=("tvg",)))
-    run(evaluate.main, dataclasses.replace(settings, tasks=("tvg",), micro_batch=3, workers=1))
+    launch(evaluate.main, dataclasses.replace(settings, tasks=("tvg",)))
+    launch(evaluate.main, dataclasses.replace(settings, tasks=("tvg",), micro_batch=3, workers=1))
     settings = dataclasses.replace(settings, tasks=("tvg",), samples=2, output=settings.output + "-sampled")
-    run(evaluate.main, settings)
+    launch(evaluate.main, settings)
     with pytest.raises(SystemExit):
-        run(evaluate.main, dataclasses.replace(settings, micro_batch=3))
+        launch(evaluate.main, dataclasses.replace(settings, micro_batch=3))
     assert "another --micro-batch;" in capsys.readouterr().err
 
 
 def test_a_failed_start_does_not_claim_the_output_folder(settings):
     with pytest.raises(SystemExit):
-        run(evaluate.main, dataclasses.replace(settings, model="no/such-model"))
-    run(evaluate.main, settings)
+        launch(evaluate.main, dataclasses.replace(settings, model="no/such-model"))
+    launch(evaluate.main, settings)
     assert len(lines(settings)) == 9
 
 
 def test_unreadable_video_scores_zero_and_is_listed(settings, capsys):
     (Path(settings.videos) / "BBB.mp4").write_bytes(b"no video")
-    run(evaluate.main, settings)
+    launch(evaluate.main, settings)
     metrics = json.loads((Path(settings.output) / "metrics.json").read_text())
     assert metrics["rows"]["tvg"] == 3 and len(metrics["unreadable"]) == 1 and "BBB.mp4" in metrics["unreadable"][0]
     assert "BBB.mp4" in capsys.readouterr().out
     shutil.copy(Path(settings.videos) / "AAA.mp4", Path(settings.videos) / "BBB.mp4")  # mended
-    run(evaluate.main, settings)
+    launch(evaluate.main, settings)
     assert not any(p["error"] for p in evaluate.read_predictions(settings.output))
     assert json.loads((Path(settings.output) / "metrics.json").read_text())["unreadable"] == []
 
 
 def test_predictions_of_a_model_trained_anew_are_not_mixed_in(settings, tmp_path, capsys):
     settings = dataclasses.replace(settings, model=str(shutil.copytree(settings.model, tmp_path / "model")))
-    run(evaluate.main, settings)
+    launch(evaluate.main, settings)
     (weights,) = (tmp_path / "model").glob("*.safetensors")
     os.utime(weights, (0, 0))
     with pytest.raises(SystemExit):
-        run(evaluate.main, settings)
+        launch(evaluate.main, settings)
     assert "another --model" in capsys.readouterr().err
 
 
 def test_missing_videos_are_an_error_unless_allowed(settings, capsys):
     (Path(settings.videos) / "BBB.mp4").unlink()
     with pytest.raises(SystemExit):
-        run(evaluate.main, settings)
+        launch(evaluate.main, settings)
     assert "1 of 2 videos are missing" in capsys.readouterr().err
-    run(evaluate.main, dataclasses.replace(settings, allow_missing_videos=True))
+    launch(evaluate.main, dataclasses.replace(settings, allow_missing_videos=True))
     assert json.loads((Path(settings.output) / "metrics.json").read_text())["rows"]["tvg"] == 3
 
 
 def test_against_prints_both_and_the_interval(settings, capsys):
     other = dataclasses.replace(settings, output=settings.output + "-other")
-    run(evaluate.main, other)
-    run(evaluate.main, dataclasses.replace(settings, against=other.output))
+    launch(evaluate.main, other)
+    launch(evaluate.main, dataclasses.replace(settings, against=other.output))
     table = capsys.readouterr().out.split("difference")[1]
     assert "mIoU" in table and "VC" in table and "+0.0" in table
     with pytest.raises(SystemExit):
-        run(evaluate.main, dataclasses.replace(settings, against=settings.output + "-nothing"))
+        launch(evaluate.main, dataclasses.replace(settings, against=settings.output + "-nothing"))
     assert "-nothing: holds no predictions" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_is_one_sentence(settings, capsys):
     with pytest.raises(SystemExit):
-        run(evaluate.main, dataclasses.replace(settings, model="no/such-model"))
+        launch(evaluate.main, dataclasses.replace(settings, model="no/such-model"))
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "no/such-model" in message
 
@@ -265,7 +265,7 @@ def test_what_a_checkpoint_was_trained_with_holds_where_the_command_line_is_sile
 
     settings = parse()
     assert (settings.fps, settings.max_new_tokens, settings.tvg_reward) == (1.0, 40, "anchors")
-    assert settings.reward_weights == ("anchor_weight=0",)
+    assert settings.reward_weights == ()  # what was paid for in training is no concern of a measurement
     assert settings.vd_match == "all" and settings.micro_batch == 1  # how to measure is evaluation's own
     printed = capsys.readouterr().out
     assert "--fps 1.0" in printed and "--max-new-tokens 40" in printed and "--inversion-format" not in printed
@@ -277,7 +277,7 @@ def test_what_a_checkpoint_was_trained_with_holds_where_the_command_line_is_sile
 def test_anchors_are_measured_where_they_were_trained(settings, trained):
     argv = ["--model", str(trained), "--annotations", settings.annotations, "--videos", settings.videos, "--output",
             settings.output, "--tasks", "tvg", "--workers", "0", "--max-new-tokens", "5"]
-    run(evaluate.main, parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with))
+    launch(evaluate.main, parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with))
     metrics = json.loads((Path(settings.output) / "metrics.json").read_text())
     assert metrics["2-4 anchors"] == 0 and "anchor gain" not in metrics  # a random model writes none
     assert set(lines(settings)[0]["parts"]) >= {"iou", "soft_iou", "anchors", "anchor_gain"}
@@ -298,7 +298,7 @@ def test_a_video_with_more_rows_weighs_more():
 
 def test_each_completion_is_written_under_its_own_row_also_beside_an_unreadable_video(settings):
     rows = "AAA 0 2##person runs.\nBBB 0 2##person sits.\nAAA 2 4##person eats.\n"
-    Path(settings.annotations).write_text(rows)
+    Path(settings.annotations).write_text(rows, encoding="utf-8")
     (Path(settings.videos) / "BBB.mp4").write_bytes(b"no video")
     with scripted(*(reply(f"{n} to 4") for n in range(4))):
         measure(settings, samples=2, tasks=("tvg",), micro_batch=3, max_new_tokens=60)

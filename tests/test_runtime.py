@@ -6,7 +6,6 @@ import os
 import signal
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,9 +15,8 @@ from engine.runtime import (
     StopSignal,
     combine,
     group_metrics,
-    make_loader,
+    launch,
     random_generator,
-    run,
     say,
 )
 from engine.settings import UserError, changed_options, flag, option, parse_settings
@@ -160,7 +158,7 @@ def test_a_users_mistake_is_one_sentence_and_a_status(error, status, message, ca
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        run(program, "said once")
+        launch(program, "said once")
     printed = capsys.readouterr()
     assert stop.value.code == status and printed.out == "said once\n"
     assert printed.err.endswith(message) and printed.err.count("\n") == message.count("\n")
@@ -169,7 +167,7 @@ def test_a_users_mistake_is_one_sentence_and_a_status(error, status, message, ca
 
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        run(lambda settings, device: 1 // settings, 0)
+        launch(lambda settings, device: 1 // settings, 0)
     dist.destroy_process_group()
 
 
@@ -190,13 +188,6 @@ def test_one_signal_asks_to_stop_and_a_second_ctrl_c_stops(number, alone, handle
     assert stop.on_any_rank(alone)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_hands_over_items_as_they_are(workers):
-    items = [{"a": 1}, "b", None, np.arange(2)]
-    batches = list(make_loader(items, workers, batch_size=3))
-    assert batches[0] == items[:3] and len(batches[1]) == 1 and batches[1][0].tolist() == [0, 1]
 
 
 # ---- Numbers

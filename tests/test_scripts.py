@@ -1,8 +1,11 @@
 """The shell scripts, with stand-ins for python and torchrun that write down how they are called."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -108,3 +111,35 @@ def test_other_papers_systems_run_their_stages_on_the_toy_and_on_charades(run, t
 def test_a_mistake_is_said_before_anything_runs(run, script, arguments, environment, words):
     status, message, calls = run(script, *arguments, **environment)
     assert status != 0 and words in message and calls == []
+
+
+@pytest.mark.parametrize("path", ["train.sh", *(f"{p.parent.name}/{p.name}" for p in ROOT.glob("*/*.sh"))])
+def test_scripts_are_written_for_the_bash_of_every_mac(path):
+    """Bash 3.2 knows none of these: case conversion, associative arrays, mapfile, |&, &>>, wait -n, negative indices."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    newer = r"\$\{\w+(\^|,,|@[QEPAa])|declare -[Agn]|mapfile|readarray|\|&|&>>|wait -n|\[-[0-9]+\]|coproc|globstar"
+    assert not re.findall(newer, text)
+    assert subprocess.run(["bash", "-n", str(ROOT / path)]).returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_the_script_reaches_what_runs_and_nothing_stays_behind(tmp_path, number):
+    """A program that saves when it is told to stop, under the demo's way of running programs."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import signal, sys, time\n"
+        "def stop(*_):\n"
+        "    print('saved', flush=True)\n"
+        "    sys.exit(130)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "print('begun', flush=True)\n"
+        "time.sleep(60)\n")
+    script = tmp_path / "script.sh"
+    script.write_text(f"set -eu\nsource {ROOT / 'demo' / 'jobs.sh'}\n"
+                      f"{sys.executable} {program} &\nrun {sys.executable} {program}\necho not reached\n")
+    process = subprocess.Popen(["bash", str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert [process.stdout.readline(), process.stdout.readline()] == ["begun\n"] * 2
+    os.kill(process.pid, number)
+    rest, _ = process.communicate(timeout=30)  # ends when the last program has closed its output
+    assert rest == "saved\n" * 2
+    assert process.returncode == 128 + number

@@ -8,7 +8,7 @@ import pytest
 import evaluate
 import invert4tvg
 from demo import ablations, make_demo
-from engine.runtime import run
+from engine.runtime import launch
 from engine.settings import parse_settings
 from papers import stages
 
@@ -29,7 +29,7 @@ def demo(tmp_path_factory):
 def train(folder, name, *argv):
     """Run invert4tvg.py -> its log."""
     argv = [*CLIPS, "--videos", folder / "videos", "--micro-batch", 4, "--output", folder / name, *argv]
-    run(invert4tvg.train, parse_settings(invert4tvg.Config, "", list(map(str, argv))))
+    launch(invert4tvg.train, parse_settings(invert4tvg.Config, "", list(map(str, argv))))
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -37,7 +37,7 @@ def measure(folder, name, *argv):
     """Run evaluate.py, which reads most of its options from the checkpoint's run.json -> its metrics."""
     argv = ["--workers", 0, "--videos", folder / "videos", "--micro-batch", 32, "--output", folder / name, *argv]
     settings = parse_settings(evaluate.EvalSettings, "", list(map(str, argv)), inherit=evaluate.trained_with)
-    run(evaluate.main, settings)
+    launch(evaluate.main, settings)
     return json.loads((folder / name / "metrics.json").read_text())
 
 
@@ -80,7 +80,7 @@ def test_tar_tvg(demo):
     text = ("<think> the <timestamp> 0.0 to 12.0 </timestamp> <timestamp> {start} to 12.0 </timestamp> </think> "
             "<answer> {start} to {end} </answer>")
     good = rollouts[0] | {"completion": text.format(**rollouts[0])}
-    with open(demo / "tar-1" / "rollouts.1.jsonl", "w") as file:  # another rank's
+    with open(demo / "tar-1" / "rollouts.1.jsonl", "w", encoding="utf-8") as file:  # another rank's
         file.write(json.dumps(good) + "\n")
     stage("anchors", "--rollouts", demo / "tar-1", "--output", demo / "tar-2.jsonl")
     assert good["completion"] in (demo / "tar-2.jsonl").read_text().replace("\\n", "")

@@ -1,0 +1,116 @@
+"""Clips, decoded ahead of the loop by worker processes.
+
+Where workers are spawned (macOS), each imports this module and what it names: no spaCy, no transformers.
+"""
+
+import collections
+import contextlib
+import signal
+import sys
+from dataclasses import dataclass, field
+
+from torch.utils.data import DataLoader, Dataset
+
+from engine.settings import UserError
+from engine.video import Clip, VideoError, read_video
+
+
+@dataclass
+class Item:
+    """What a worker hands to the loop: a decoded clip, and the videos that could not be read before it.
+
+    The clip is None where every candidate failed. Its frames are a NumPy array: those travel through a pipe, while
+    tensors need shared memory, of which a container has 64 MB, or a descriptor each.
+    """
+
+    index: int  # of the sample
+    task: str
+    clip: Clip | None
+    failures: list[str] = field(default_factory=list)
+
+
+def read_clip(sample, task: str, **clip_settings) -> Clip:
+    """The whole video for TVG, the ground-truth segment alone for an inversion task (Eq. 2)."""
+    segment = {} if task == "tvg" else {"start": sample.start, "end": sample.end}
+    return read_video(sample.video, **segment, **clip_settings)
+
+
+class Clips(Dataset):
+    """Indexed by candidates, (sample index, task) pairs: decodes the first one whose video can be read."""
+
+    def __init__(self, samples, clip_settings):
+        self.samples = samples
+        self.clip_settings = clip_settings
+
+    def __getitem__(self, candidates) -> Item:
+        failures = []
+        for index, task in candidates:
+            try:
+                clip = read_clip(self.samples[index], task, **self.clip_settings)
+                return Item(index, task, clip._replace(frames=clip.frames.numpy()), failures)
+            except VideoError as error:
+                failures.append(str(error))
+        return Item(index, task, None, failures)
+
+
+def read_ahead(clips: Clips, batches, workers: int, patience: float):
+    """For each of `batches`, a list of candidates, yield the list of its Items; `workers` processes decode ahead.
+
+    Raises UserError, which names the videos, when a batch has not come after `patience` seconds or a worker has died.
+    """
+    expected = collections.deque()  # the batches that workers were asked for, oldest first
+
+    def noted():
+        for batch in batches:
+            expected.append(batch)
+            yield batch
+
+    of_workers = {}
+    if workers:
+        of_workers = {"worker_init_fn": _ignore_interrupt, "prefetch_factor": 2, "timeout": patience,
+                      "multiprocessing_context": _start_method()}
+    loader = DataLoader(clips, batch_sampler=noted(), num_workers=workers, collate_fn=_unchanged, **of_workers)
+    with _quiet_start():
+        arriving = iter(loader)
+    while True:
+        try:
+            items = next(arriving)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            first = [candidates[0] for candidates in expected[0]]
+            videos = sorted({clips.samples[index].video for index, _ in first})
+            raise UserError(f"{', '.join(videos)}: not decoded within {patience:g} seconds, or a worker was killed (by "
+                            "a lack of memory, say); look at the files, --workers and --clip-timeout.") from error
+        expected.popleft()
+        yield items
+
+
+def _start_method():
+    """Fork where that is safe, also with Python 3.14, whose default on Linux it is no longer."""
+    return "fork" if sys.platform == "linux" else "spawn"
+
+
+@contextlib.contextmanager
+def _quiet_start():
+    """Start workers without Ctrl-C, and without the main script: a spawned one would import spaCy and transformers."""
+    main = sys.modules["__main__"].__dict__
+    hidden = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main.pop("__file__", None)
+    main["__spec__"] = None
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it until they have begun
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        main.update(hidden)
+
+
+def _unchanged(batch):
+    return batch
+
+
+def _ignore_interrupt(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

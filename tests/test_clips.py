@@ -1,0 +1,108 @@
+"""engine/clips.py: what workers decode, under every way of starting them, and what happens when one is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from conftest import ROOT, TEN_HZ, shown, write_video
+
+from data import Sample, TaskSampler
+from engine import clips
+from engine.clips import Clips, read_ahead, read_clip
+from engine.settings import UserError
+from rewards import INVERSIONS
+
+# ---- One clip
+
+
+def test_tvg_sees_the_whole_video_and_inversions_the_segment_alone(tmp_path):
+    sample = Sample(str(write_video(tmp_path / "a.mp4")), "q", 1.0, 2.0)
+    assert shown(read_clip(sample, "tvg")) == [0, 5, 10, 15, 20, 25, 30, 35]
+    for task in INVERSIONS:
+        assert shown(read_clip(sample, task)) == [10, 15]
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Eight samples, of which the even ones have no readable video."""
+    good = write_video(tmp_path / "good.mp4", TEN_HZ[:10])
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(bytes(range(256)) * 40)
+    return [Sample(str(good if i % 2 else bad), "q", 0.0, 0.5) for i in range(8)]
+
+
+def test_the_first_candidate_that_can_be_read_counts_and_the_failures_before_it_are_noted(mixed):
+    item = Clips(mixed, {"min_frame_pixels": 1})[[(2, "vc"), (4, "vc"), (5, "vc"), (7, "vc")]]
+    assert (item.index, item.task) == (5, "vc")
+    assert len(item.failures) == 2 and all("bad.mp4" in failure for failure in item.failures)
+    assert item.clip.frames.shape == (2, 3, 56, 56)  # and the settings arrive
+    assert isinstance(item.clip.frames, np.ndarray)  # no shared memory is needed
+
+
+def test_without_a_readable_candidate_there_is_no_clip_but_the_list(mixed):
+    item = Clips(mixed, {})[[(0, "ar"), (2, "ar"), (4, "ar")]]
+    assert item.clip is None and len(item.failures) == 3
+
+
+# ---- Workers
+
+
+@pytest.mark.parametrize("workers, method", [(0, None), (2, "fork"), (2, "spawn"), (2, "forkserver")])
+def test_clips_come_in_order_and_the_same_however_workers_are_started(mixed, monkeypatch, workers, method):
+    monkeypatch.setattr(clips, "_start_method", lambda: method)
+    draw = TaskSampler(8, {"vc": [True] * 8}, prompts=2, p=0.5)
+    batches = [[draw.candidates(k, slot) for slot in draw.slots] for k in range(4)]
+    found = list(read_ahead(Clips(mixed, {}), iter(batches), workers, 60))
+    expected = [[Clips(mixed, {})[candidates] for candidates in batch] for batch in batches]
+    for items, others in zip(found, expected, strict=True):
+        for item, other in zip(items, others, strict=True):
+            assert (item.index, item.task, item.failures) == (other.index, other.task, other.failures)
+            assert np.array_equal(item.clip.frames, other.clip.frames)
+
+
+def test_what_a_spawned_worker_imports_is_small():
+    command = "import sys, engine.clips, engine.annotations; print([m for m in sys.modules if '.' not in m])"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert not {"spacy", "transformers", "rewards", "data", "grpo"} & set(eval(done.stdout))
+
+
+def test_a_spawned_worker_does_not_import_the_main_script(tmp_path):
+    # The script says so whenever it is imported; its worker imports engine.clips alone.
+    write_video(tmp_path / "a.mp4", TEN_HZ[:10])
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(f"""
+        print("imported")
+        from engine import clips
+        from engine.annotations import Sample
+        clips._start_method = lambda: "spawn"
+        samples = [Sample({str(tmp_path / "a.mp4")!r}, "q", 0.0, 0.5)]
+        for items in clips.read_ahead(clips.Clips(samples, {{}}), [[[(0, "tvg")]]] * 3, 1, 60):
+            print(items[0].index)
+    """))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout.split() == ["imported", "0", "0", "0"], done.stderr
+
+
+def test_a_video_that_never_ends_is_an_error_that_names_it_not_a_wait(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")  # opening it waits for a writer that never comes
+    good = Sample(str(write_video(tmp_path / "a.mp4", TEN_HZ[:10])), "q", 0.0, 0.5)
+    samples = [good, Sample(str(tmp_path / "pipe.mp4"), "q", 0.0, 0.5)]
+    arriving = read_ahead(Clips(samples, {}), [[[(0, "tvg")]], [[(1, "tvg")]]], 1, 3)
+    assert next(arriving)[0].index == 0
+    with pytest.raises(UserError, match="pipe.mp4: not decoded within 3 seconds"):
+        next(arriving)
+
+
+def test_a_worker_that_is_killed_is_an_error_that_names_its_video(tmp_path, monkeypatch):
+    class Killing(Clips):
+        def __getitem__(self, candidates):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    samples = [Sample(str(tmp_path / "a.mp4"), "q", 0.0, 0.5)]
+    with pytest.raises(UserError, match="a.mp4: not decoded .* or a worker was killed"):
+        next(read_ahead(Killing(samples, {}), [[[(0, "tvg")]]], 1, 60))
