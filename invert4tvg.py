@@ -279,7 +279,7 @@ def make_run(config, device, samples, completions, sampler, resume_from) -> Run:
     model, processor = checkpoints.load_model(resume_from or config.model, device)
     model.model.visual.requires_grad_(config.train_vision)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})  # gradient_checkpointing_enable until 5.10
+        checkpoints.recompute_activations(model)
     reference = None
     if config.kl_coef and not completions:
         original, _ = checkpoints.load_model(config.model, device)  # where the run started, also after a restart

@@ -24,7 +24,7 @@ import torch
 import grpo
 from benchmarks import step
 from engine.attention import visual_features
-from engine.checkpoints import load_model
+from engine.checkpoints import load_model, recompute_activations
 
 
 def seconds(run, device, repeats):
@@ -109,7 +109,7 @@ def main():
         model, processor = load_model(folder, device)
     model.model.visual.requires_grad_(False)
     if args.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     prompt = step.make_prompt(model, processor, *step.make_video(processor.tokenizer, args.prompt_tokens))
     prompts = [prompt] * args.prompts
     lengths = [len(prompt.ids)] * args.prompts

@@ -44,7 +44,7 @@ import invert4tvg
 from benchmarks import step
 from engine.annotations import load_annotations, prepare_training
 from engine.attention import Prefill, Prompt, install_attention, visual_features
-from engine.checkpoints import newest_checkpoint
+from engine.checkpoints import newest_checkpoint, recompute_activations
 from engine.decoding import Cached
 from engine.optimizer import MasterAdamW
 from engine.prompts import MERGE, PATCH, TEMPORAL
@@ -328,7 +328,7 @@ def estimate(model, settings, work, attention=gpu_attention):
     model.requires_grad_(True).model.visual.requires_grad_(settings.train_vision)
     model.activation_checkpointing_disable()  # an earlier estimate may have switched it on
     if settings.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     state, temporaries = optimiser_memory(model, settings.world_size)

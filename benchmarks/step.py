@@ -47,7 +47,7 @@ from transformers.utils import logging
 import grpo
 from benchmarks import baseline
 from engine.attention import Prompt, visual_features
-from engine.checkpoints import load_model
+from engine.checkpoints import load_model, recompute_activations
 from engine.optimizer import MasterAdamW
 from engine.prompts import MERGE, encode_prompt, patchify, position_ids
 from engine.video import SIDE
@@ -184,7 +184,7 @@ def take_steps(system, frames, text, meter, turn, args):
     mask = torch.ones(cell.group, cell.completion, dtype=torch.bool, device=model.device)
     model.train()
     if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     for _ in range(args.repeats + 1):
         with turn():
             prompt = make_prompt(model, system.processor, frames, text)

@@ -60,6 +60,12 @@ def load_model(name, device):
     return model.to(device), Processor(tokenizer, pixels, eos_ids, banned_ids)
 
 
+def recompute_activations(model):
+    """Gradient checkpointing, which transformers calls activation checkpointing since 5.23."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 

@@ -9,6 +9,7 @@ from conftest import make_prompt, tiny_model, token_ids
 
 import grpo
 from engine.attention import Prompt, embed, install_attention, pack, pack_prompts, run_language_model, visual_features
+from engine.checkpoints import recompute_activations
 from engine.decoding import Cached, Decoder, advance
 
 LENGTHS = [20, 1, 7, 20, 3, 13, 2, 1]  # of four completions of each of two prompts
@@ -76,7 +77,7 @@ def test_packed_group_equals_repeated_prompts_in_values_and_gradients(model, pro
     model.zero_grad()
 
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     model.train()
     features = None if train_vision else [f.detach() for f in visual_features(model, prompts)]
     logps, _ = grpo.group_logps(model, prompts, ids, mask, banned, features=features)

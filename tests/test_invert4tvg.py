@@ -18,7 +18,7 @@ import data
 import grpo
 import invert4tvg
 import rewards
-from engine.checkpoints import newest_checkpoint
+from engine.checkpoints import newest_checkpoint, recompute_activations
 from engine.optimizer import MasterAdamW
 from engine.prompts import encode_prompt, patchify, position_ids
 from engine.settings import option, parse_settings
@@ -46,7 +46,7 @@ def two_ranks(rank, store, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     tokenizer = byte_tokenizer()
     model = tiny_model(tokenizer)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(model)
     model.train()
     policy = DistributedDataParallel(
         grpo.Policy(model, token_ids(tokenizer, "<|video_pad|>"), 1.0), gradient_as_bucket_view=True)
