@@ -145,9 +145,13 @@ def report_missing(samples: list[Sample], settings: Settings):
     """List the videos that are not there; raise UserError unless --allow-missing-videos."""
     missing = missing_videos(samples)
     if missing:
-        say("missing: " + "\nmissing: ".join(missing))
+        folder = Path(missing[0]).parent
+        if not folder.is_dir():
+            raise UserError(f"--videos {folder}: there is no such folder; name the one that holds the video files.")
+        shown = missing[:20] + ([f"and {len(missing) - 20} more"] if len(missing) > 20 else [])
+        say("missing: " + "\nmissing: ".join(shown))
         if not settings.allow_missing_videos:
-            raise UserError(f"{len(missing)} of {len({s.video for s in samples})} videos are missing (listed above); "
+            raise UserError(f"{len(missing)} of {len({s.video for s in samples})} videos are missing (named above); "
                             "see --videos, or go on without them with --allow-missing-videos.")
 
 

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import data
 import grpo
 import rewards
 from engine.checkpoints import load_model, newest_checkpoint, read_run
 from engine.clips import Clips, read_ahead
+from engine.progress import progress
 from engine.prompts import completion_texts
 from engine.runtime import launch, say
 from engine.settings import UserError, changed_options, flag, option, parse_settings
@@ -151,7 +151,7 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
         block = scoring["grounding"].format.blocks[-1]
         with open(output / f"predictions.{rank}.jsonl", "a", encoding="utf-8") as file:
             file.write("\n" if file.tell() else "")  # ends a line that an interruption cut off
-            for items in tqdm(arriving, "evaluating", total=len(batches), disable=rank > 0, leave=False):
+            for items in progress(arriving, desc="evaluating", total=len(batches), disable=rank > 0, leave=False):
                 for item, texts in zip(items, answer(model, processor, samples, items, settings, completions)):
                     sample = samples[item.index]
                     for number, text in enumerate(texts):

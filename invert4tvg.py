@@ -340,7 +340,8 @@ def train(config: Config, device: torch.device):
             raise KeyboardInterrupt  # `launch` exits with status 130: a script must not take this for the end
     if config.eval_every:
         measure(run, held_out, total, log)
-    say(f"done: {checkpoints.newest_checkpoint(config.output)}")
+    say(f"done: the model is in {checkpoints.newest_checkpoint(config.output)}; evaluate.py --model {config.output} "
+        "measures it.")
 
 
 def measure(run, held_out, iteration, log):

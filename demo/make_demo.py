@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from demo.videos import write_video
+from engine.progress import progress
 
 RARE_VERBS = ("sliding", "falling", "shrinking", "spinning")
 RARE_SHARE = 0.05  # of their samples that the warm start shows
@@ -97,7 +98,8 @@ def main(argv=None):
         for split, count in splits.items():
             names = [f"{split.upper()}{i:04d}" for i in range(count)]
             actions = 2 if split == "transfer" else 3
-            made = list(pool.map(partial(write_video, videos, args.seed, actions), names, chunksize=50))
+            arriving = pool.map(partial(write_video, videos, args.seed, actions), names, chunksize=50)
+            made = list(progress(arriving, desc=f"{split} videos", total=len(names)))
             rows[split] = [row for group in made for row in group]
             if split == "transfer":
                 (args.folder / "transfer.json").write_text(json.dumps({

@@ -12,10 +12,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import logging
 
 from engine.attention import install_attention
 from engine.runtime import say
 from engine.settings import UserError, changed_options
+
+logging.disable_progress_bar()  # of files that load in seconds
 
 
 class Processor(NamedTuple):

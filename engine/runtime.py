@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from engine.progress import progress
 from engine.settings import UserError
 from engine.video import VideoError
 
@@ -138,7 +139,7 @@ class Log:
         self.board = None
         if self.rank == 0:
             self.file = open(Path(config.output) / "metrics.jsonl", "a", encoding="utf-8")
-            self.bar = tqdm(total=total, initial=start, desc="training", dynamic_ncols=True)
+            self.bar = progress(total=total, initial=start, desc="training")
             try:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(config.output)

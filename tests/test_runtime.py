@@ -4,12 +4,14 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from engine.progress import progress
 from engine.runtime import (
     Log,
     StopSignal,
@@ -228,3 +230,20 @@ def test_the_log_has_a_line_an_iteration_and_is_appended_to(alone, tmp_path):
         {"iteration": 0, "task": "tvg", "tvg/total": 1.5, "lr": 0.1}, {"iteration": 1, "task": "sft", "nll": 0.25},
         {"iteration": 2, "task": "eval", "mIoU": 20.0}]
     assert log.bar.n == 2 and log.bar.total == 3 and "sft nll 0.250" in str(log.bar)
+
+
+# ---- Progress
+
+
+def test_where_the_output_is_no_terminal_progress_is_whole_lines(capsys):
+    assert list(progress(range(3), desc="reading", mininterval=0)) == [0, 1, 2]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("reading:   0%") and lines[-1].startswith("reading: 100%")
+    assert all(line.startswith("reading: ") for line in lines)
+
+
+def test_a_terminal_is_redrawn_and_a_file_gets_a_line_a_minute(monkeypatch):
+    assert progress(range(3)).mininterval == 60
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert progress(range(3)).mininterval < 1
+
