@@ -3,6 +3,7 @@
 Shapes as in attention.py; G completions of each of B prompts, N = B * G in all.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -46,15 +47,13 @@ class Decoder:
         return self.forward(token, position)
 
     def _make_forward(self, token, position):
-        def forward(token, position):
-            return advance(self.model, self.cache, token, position)
-
+        forward = functools.partial(advance, self.model, self.cache)  # with self in it, the cache would outlive its use
         if token.device.type != "cuda":
             return forward
         # Python would launch some 2,000 small kernels a token; a graph launches them at once.
         torch._dynamo.config.recompile_limit = 32  # versions for one prompt or several, one completion or several, ...
         compiled = torch.compile(advance, dynamic=True)
-        return record(lambda token, position: compiled(self.model, self.cache, token, position), (token, position))
+        return record(functools.partial(compiled, self.model, self.cache), (token, position))
 
 
 class Cached(NamedTuple):

@@ -1,6 +1,8 @@
 """grpo.py: advantages and loss by hand and by plain loops, sampling, and log-probabilities."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -278,3 +280,18 @@ def test_only_tokens_whose_gradient_the_clip_takes_are_counted():
     assert (logps.grad == 0).tolist() == [[False, False], [True, False], [False, False]]
     assert metrics["clip_low"] == pytest.approx(1 / 6)
     assert metrics["clip_high"] == 0
+
+
+def test_the_cache_is_freed_when_sampling_ends(tokenizer, model, prompts, banned, monkeypatch):
+    alive = []
+    begin = grpo.Decoder.__init__
+
+    def noted(decoder, *arguments):
+        alive.append(weakref.ref(decoder))
+        begin(decoder, *arguments)
+
+    monkeypatch.setattr(grpo.Decoder, "__init__", noted)
+    gc.disable()  # a cycle would wait for the collector
+    sample(tokenizer, model, prompts, banned)
+    gc.enable()
+    assert [decoder() for decoder in alive] == [None]
