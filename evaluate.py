@@ -13,6 +13,7 @@ in grounding, and every row that suits it in an inversion.
 import dataclasses
 import json
 import os
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,9 @@ import torch.distributed as dist
 import data
 import grpo
 import rewards
-from engine.checkpoints import load_model, newest_checkpoint, read_run
+from engine.checkpoints import find_model, fingerprint, load_model, read_run
 from engine.clips import Clips, read_ahead
+from engine.predictions import key_of, read_predictions, video_bytes
 from engine.progress import progress
 from engine.prompts import completion_texts
 from engine.runtime import launch, say
@@ -78,14 +80,14 @@ def paired_bootstrap(ours: list[dict], theirs: list[dict], grounding: rewards.Gr
     low, high: the 95% interval of the difference when videos, the independent units, are drawn with replacement.
     Raises UserError when the rows differ.
     """
-    other = {_key(p): p for p in theirs}
-    if {(*_key(p), p["query"]) for p in ours} != {(*_key(p), p["query"]) for p in theirs}:
+    other = {key_of(p): p for p in theirs}
+    if {(*key_of(p), p["query"]) for p in ours} != {(*key_of(p), p["query"]) for p in theirs}:
         raise UserError("the two evaluations do not hold the same rows; evaluate both on the same file and tasks.")
     number = {video: i for i, video in enumerate(sorted({p["video"] for p in ours}))}
     sums = {}  # metric -> (videos, 3): rows, our sum, their sum
     for p in ours:
         our_values = row_values(p, grounding)
-        their_values = row_values(other[_key(p)], grounding)
+        their_values = row_values(other[key_of(p)], grounding)
         for name in our_values.keys() & their_values.keys():
             table = sums.setdefault(name, np.zeros((len(number), 3)))
             table[number[p["video"]]] += (1, our_values[name], their_values[name])
@@ -99,11 +101,6 @@ def paired_bootstrap(ours: list[dict], theirs: list[dict], grounding: rewards.Gr
         rows, our_sum, their_sum = table.sum(axis=0)
         result[name] = (our_sum / rows, their_sum / rows, low, high)
     return result
-
-
-def _key(prediction):
-    """Which prediction it is; "sample" is the number of the completion among those of its row."""
-    return prediction["row"], prediction["task"], prediction["sample"]
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -138,7 +135,8 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
     for task in tasks:
         suits = rewards.suitable(task, queries)
         jobs += [(row, task) for row, suited in zip(rows, suits) if suited]
-    done = Counter((p["row"], p["task"]) for p in read_predictions(output) if not p["error"])
+    wanted = set(jobs)
+    done = Counter((p["row"], p["task"]) for p in read_predictions(output, samples) if not p["error"])
     dist.barrier()  # nobody writes before everybody has read
     jobs = [job for job in jobs[rank::world] if done[job] < max(1, completions)]  # this rank's, not yet complete
     if jobs:
@@ -157,15 +155,17 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
                     for number, text in enumerate(texts):
                         file.write(json.dumps({
                             "row": item.index, "task": item.task, "sample": number, "video": sample.video,
-                            "query": sample.query, "truth": [sample.start, sample.end], "completion": text,
+                            "bytes": video_bytes(sample), "query": sample.query, "truth": [sample.start, sample.end],
+                            "completion": text,
                             "span": rewards.parse_span(text, block) if item.task == "tvg" else None,
                             "parts": rewards.score(item.task, text, sample, **scoring),
                             "error": item.failures[0] if item.failures else None}) + "\n")
                 file.flush()
     dist.barrier()
-    metrics = summarize(read_predictions(output), settings.grounding())
+    made = [p for p in read_predictions(output, samples) if (p["row"], p["task"]) in wanted]
+    metrics = summarize(made, settings.grounding())
     if rank == 0:
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
 
 
@@ -193,25 +193,23 @@ def answer(model, processor, samples, items, settings, completions) -> list[list
     return answers
 
 
-def read_predictions(output) -> list[dict]:
-    """All predictions of an output folder; a line cut off by an interruption is left out."""
-    predictions = {}
-    for path in sorted(Path(output).glob("predictions*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                p = json.loads(line)
-                if _key(p) not in predictions or not p["error"]:  # a later success replaces an unreadable video's line
-                    predictions[_key(p)] = p
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
-    return [predictions[key] for key in sorted(predictions)]
-
-
 def evenly_spaced(n: int, limit: int) -> list[int]:
     """Up to `limit` of the indices 0 .. n - 1 (all for 0), evenly spaced."""
     if limit == 0 or limit >= n:
         return list(range(n))
     return [i * n // limit for i in range(limit)]
+
+
+def measure(model, processor, held_out, config, iteration, log):
+    """Evaluate a model in training on held-out rows, all four tasks (Figure 1, right), and log it."""
+    output = Path(config.output) / f"eval-{iteration:06d}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(output, ignore_errors=True)  # left over from an interrupted run, made with other weights
+    dist.barrier()
+    rows = evenly_spaced(len(held_out), config.eval_limit)
+    metrics = evaluate(lambda: (model, processor), held_out, rows, rewards.TASKS, config, output)
+    log.write(iteration, "eval", {name: value for name, value in metrics.items() if isinstance(value, float)})
+    say(f"iteration {iteration}\n{format_metrics(metrics)}")
 
 
 # ------------------------------------------------------------------------------------------------ the program
@@ -227,9 +225,10 @@ def format_metrics(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-def print_comparison(settings):
-    table = paired_bootstrap(read_predictions(settings.output), read_predictions(settings.against),
-                             settings.grounding())
+def print_comparison(settings, samples):
+    ours = read_predictions(settings.output, samples)
+    theirs = read_predictions(settings.against, samples)
+    table = paired_bootstrap(ours, theirs, settings.grounding())
     say(f"\n{'metric':<10}{'this':>8}{'other':>8}{'difference':>12}   95% interval over videos\n" + "\n".join(
         f"{name:<10}{a:8.1f}{b:8.1f}{a - b:+12.1f}   [{low:+.1f}, {high:+.1f}]"
         for name, (a, b, low, high) in table.items()))
@@ -246,7 +245,10 @@ def trained_with(settings: EvalSettings) -> dict:
 
     `parse_settings` fills the options that the command line does not give with these.
     """
-    record = (newest_checkpoint(settings.model) or Path(settings.model)) / "run.json"
+    try:
+        record = find_model(settings.model) / "run.json"
+    except OSError:
+        return {}  # what is wrong will be said when the model is loaded
     if not record.is_file():
         return {}
     config = read_run(record.parent)["config"]
@@ -261,9 +263,7 @@ def trained_with(settings: EvalSettings) -> dict:
 def claim_output(settings: EvalSettings):
     """Raise UserError when --output holds predictions made under other settings; else note these there."""
     record = Path(settings.output) / "settings.json"
-    checkpoint = newest_checkpoint(settings.model) or Path(settings.model)  # a run's folder may hold a newer one by now
-    written = max((path.stat().st_mtime for path in checkpoint.glob("*.safetensors")), default=None)
-    model = [str(checkpoint), written]  # the same path may hold new weights
+    model = fingerprint(find_model(settings.model))  # a run's folder may hold a newer checkpoint by now
     held = any(record.parent.glob("predictions*.jsonl")) and record.exists()
     if held:
         before = json.loads(record.read_text(encoding="utf-8"))
@@ -278,7 +278,7 @@ def claim_output(settings: EvalSettings):
     dist.barrier()
     if dist.get_rank() == 0:
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(dataclasses.asdict(settings) | {"model": model}, indent=2) + "\n")
+        record.write_text(json.dumps(dataclasses.asdict(settings) | {"model": model}, indent=2) + "\n", encoding="utf-8")
 
 
 def main(settings: EvalSettings, device):
@@ -286,6 +286,7 @@ def main(settings: EvalSettings, device):
     if settings.against and not read_predictions(settings.against):
         raise UserError(f"--against {settings.against}: holds no predictions; give the --output of another evaluation.")
     claim_output(settings)
+    say(f"model: {find_model(settings.model)}")
     rows = evenly_spaced(len(samples), settings.limit)
     metrics = evaluate(lambda: load_model(settings.model, device), samples, rows, settings.tasks, settings,
                        settings.output, settings.samples)
@@ -294,7 +295,7 @@ def main(settings: EvalSettings, device):
         if metrics[name]:
             say(f"  {name}: {metrics[name]}")
     if settings.against:
-        print_comparison(settings)
+        print_comparison(settings, samples)
 
 
 if __name__ == "__main__":

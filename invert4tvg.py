@@ -19,7 +19,6 @@ docs/departures.md lists where this departs from the paper, and the option that 
 command goes on with an interrupted run.
 """
 
-import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -274,21 +273,19 @@ def update(run: Run, batches: list[Batch], lr: float) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ around it
 
 
-def make_run(config, device, samples, completions, sampler, resume_from) -> Run:
-    """Load the policy, its frozen reference and the optimiser."""
-    model, processor = checkpoints.load_model(resume_from or config.model, device)
+def make_run(config, device, samples, completions, sampler, folder, reference_folder) -> Run:
+    """Load the policy from one folder, its frozen reference from another, and make the optimiser."""
+    model, processor = checkpoints.load_model(folder, device)
     model.model.visual.requires_grad_(config.train_vision)
     if config.gradient_checkpointing:
         checkpoints.recompute_activations(model)
     reference = None
     if config.kl_coef and not completions:
-        original, _ = checkpoints.load_model(config.model, device)  # where the run started, also after a restart
+        original, _ = checkpoints.load_model(reference_folder, device)
         reference = grpo.Policy(original.requires_grad_(False).eval(), processor.banned, config.temperature)
     policy = data_parallel(grpo.Policy(model, processor.banned, config.temperature))
     optimizer = sharded_adamw(model, lr=config.peak_lr(), betas=config.betas, eps=config.adam_eps,
                               weight_decay=config.weight_decay)
-    if resume_from:
-        checkpoints.load_optimizer(resume_from, model, optimizer)
     return Run(config, samples, completions, sampler, model, policy, reference, processor, optimizer)
 
 
@@ -303,10 +300,14 @@ def train(config: Config, device: torch.device):
     held_out = []
     if config.eval_every:
         held_out = data.load_samples(config, config.eval_annotations, config.eval_videos, "--eval-annotations")
+    origin = checkpoints.note_origin(config, resume_from, samples, completions, tasks)
     sampler = data.make_sampler(config, samples, prompts_per_iteration, dist.get_rank(), dist.get_world_size())
     total = sampler.iterations
     checkpoints.start_output(config, resume_from)
-    run = make_run(config, device, samples, completions, sampler, resume_from)
+    say(f"model: {resume_from or origin['start']}")
+    run = make_run(config, device, samples, completions, sampler, resume_from or origin["start"], origin["start"])
+    if resume_from:
+        checkpoints.load_optimizer(resume_from, run.model, run.optimizer)
     start = checkpoints.read_run(resume_from)["iteration"] if resume_from else 0
 
     # What each iteration needs on this rank: for every slot, a prompt's place in it, the samples to try until a video
@@ -319,7 +320,7 @@ def train(config: Config, device: torch.device):
 
     for iteration in range(start, total):
         if config.eval_every and iteration % config.eval_every == 0:
-            measure(run, held_out, iteration, log)
+            evaluate.measure(run.model, run.processor, held_out, config, iteration, log)
         began = time.perf_counter()
         items = next(arriving)
         wait_seconds = time.perf_counter() - began
@@ -327,34 +328,22 @@ def train(config: Config, device: torch.device):
 
         lr = config.learning_rate(iteration, total)
         metrics = step(run, iteration, items, lr)
+        checkpoints.check_first_kl(config, iteration, metrics)
         metrics |= {"lr": lr, "redrawn": redrawn, "wait_seconds": wait_seconds, "seconds": time.perf_counter() - began}
         log.write(iteration, "sft" if completions else sampler.task(iteration), metrics)
 
         stopping = stop.on_any_rank(device)
         done = iteration + 1
         if done % config.save_every == 0 or done == total or stopping:
-            progress = {"iteration": done, "iterations": total, "prompts": prompts_per_iteration}
+            progress = {"iteration": done, "iterations": total, "prompts": prompts_per_iteration} | origin
             checkpoints.save_checkpoint(config, progress, run.model, run.processor, run.optimizer)
         if stopping and done < total:
             say(f"stopped after iteration {done} of {total}; the same command goes on from {config.output}.")
             raise KeyboardInterrupt  # `launch` exits with status 130: a script must not take this for the end
     if config.eval_every:
-        measure(run, held_out, total, log)
+        evaluate.measure(run.model, run.processor, held_out, config, total, log)
     say(f"done: the model is in {checkpoints.newest_checkpoint(config.output)}; evaluate.py --model {config.output} "
         "measures it.")
-
-
-def measure(run, held_out, iteration, log):
-    """Evaluate on held-out rows, all four tasks (Figure 1, right), and log it."""
-    output = Path(run.config.output) / f"eval-{iteration:06d}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(output, ignore_errors=True)  # left over from an interrupted run, made with other weights
-    dist.barrier()
-    rows = evaluate.evenly_spaced(len(held_out), run.config.eval_limit)
-    # evaluate.py loads a model only when a row is missing; this one is there.
-    metrics = evaluate.evaluate(lambda: (run.model, run.processor), held_out, rows, rewards.TASKS, run.config, output)
-    log.write(iteration, "eval", {k: v for k, v in metrics.items() if isinstance(v, float)})
-    say(f"iteration {iteration}\n{evaluate.format_metrics(metrics)}")
 
 
 if __name__ == "__main__":

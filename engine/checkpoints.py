@@ -1,7 +1,9 @@
 """Models and checkpoints: loading, saving, and going on with a run."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -10,9 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from engine.attention import install_attention
 from engine.runtime import say
@@ -27,40 +29,117 @@ class Processor(NamedTuple):
     tokenizer: object
     pixels: dict  # the checkpoint's preprocessor_config.json: image_mean and image_std of a pixel in [0, 1]
     eos: torch.Tensor  # ids that end a completion
-    banned: torch.Tensor  # ids never sampled: they would ask for video features
+    banned: torch.Tensor  # ids never sampled: those that the tokenizer cannot write, and control tokens
+    folder: Path | None = None  # where the checkpoint's files are
+
+
+def iteration_of(checkpoint):
+    """The number in checkpoint-000123; None for another name, such as an unfinished checkpoint's."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else None
 
 
 def newest_checkpoint(folder):
-    """-> the newest complete checkpoint in a run's output folder, or None."""
-    return max(Path(folder).glob("checkpoint-[0-9]*[0-9]"), default=None)
+    """-> the newest complete checkpoint of this program in a run's output folder, or None."""
+    complete = [path for path in Path(folder).glob("checkpoint-*")
+                if iteration_of(path) is not None and (path / "run.json").is_file()]
+    return max(complete, key=iteration_of, default=None)
+
+
+def find_model(name):
+    """Which folder `--model` means, by its contents: a folder that holds weights is the model itself, else its newest
+    checkpoint is. A hub id gives the folder of its download. Raises OSError, one sentence, where there is none.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            return Path(cached_file(name, "config.json")).parent
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise OSError(f"--model {name}: there is no such folder, and no such model could be had ({reason}); give a "
+                          "folder that holds one or a hub id that this machine can reach.") from error
+    if any(folder.glob("*.safetensors")) and not (folder / "adapter_config.json").exists():
+        return folder
+    newest = newest_checkpoint(folder)
+    if newest:
+        return newest
+    if (folder / "adapter_config.json").exists():
+        raise OSError(f"--model {name}: holds a LoRA adapter alone; merge it into its base model first.")
+    raise OSError(f"--model {name}: holds neither *.safetensors nor a checkpoint of this program; give a folder with a "
+                  "Qwen2.5-VL model.")
+
+
+def fingerprint(folder):
+    """A digest of a checkpoint's weights: their files' names, sizes, and sixteen places of a megabyte in each."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for place in range(16):
+                file.seek(place * size // 16)
+                digest.update(file.read(2**20))
+    return digest.hexdigest()
 
 
 def load_model(name, device):
     """Load Qwen2.5-VL and what belongs to it -> (model, Processor); bfloat16 on GPUs, float32 on CPUs.
 
-    Raises OSError, one sentence, when there is no such checkpoint.
+    Raises OSError, one sentence, where there is no such model, or one that this program would silently get wrong.
     """
-    path = newest_checkpoint(name) or name
+    folder = find_model(name)
     try:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        pixels, _ = ImageProcessingMixin.get_image_processor_dict(path)
-        if not {"image_mean", "image_std"} <= pixels.keys():
-            raise ValueError("its preprocessor_config.json states no image_mean and image_std")
-    except (OSError, ValueError, SafetensorError) as error:
+        config = AutoConfig.from_pretrained(folder)
+        check_config(name, config)
+        model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        pixels, _ = ImageProcessingMixin.get_image_processor_dict(folder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if str(error).startswith("--model"):
+            raise
         reason = str(error).strip().split("\n")[0]
-        raise OSError(f"--model {name}: no Qwen2.5-VL checkpoint could be loaded ({reason}); give a folder that holds "
-                      "one or a hub id that this machine can reach.") from error
-    if model.config.model_type != "qwen2_5_vl":
-        raise OSError(f"--model {name}: is a {model.config.model_type}; only Qwen2.5-VL is supported.")
+        raise OSError(f"--model {name}: no Qwen2.5-VL model could be loaded from {folder} ({reason}).") from error
+    check_weights(name, model, loading)
+    if not tokenizer.chat_template:
+        raise OSError(f"--model {name}: its tokenizer has no chat template; copy chat_template.jinja of the model that "
+                      "it was made from.")
+    if not {"image_mean", "image_std"} <= pixels.keys():
+        raise OSError(f"--model {name}: its preprocessor_config.json states no image_mean and image_std.")
     install_attention(model)
     ends = model.generation_config.eos_token_id or []
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    banned = {model.config.video_token_id, model.config.image_token_id}
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    unwritable = range(len(tokenizer), model.config.text_config.vocab_size)
+    banned = ({model.config.video_token_id, model.config.image_token_id} | control | set(unwritable)) - ends
     eos_ids = torch.tensor(sorted(ends), device=device)
     banned_ids = torch.tensor(sorted(banned), device=device)
-    return model.to(device), Processor(tokenizer, pixels, eos_ids, banned_ids)
+    return model.to(device), Processor(tokenizer, pixels, eos_ids, banned_ids, folder)
+
+
+def check_config(name, config):
+    """Raise OSError for a model of another kind, or one that runs but not as it was meant."""
+    if config.model_type != "qwen2_5_vl":
+        raise OSError(f"--model {name}: is a {config.model_type}; only Qwen2.5-VL is supported.")
+    if getattr(config, "quantization_config", None):
+        raise OSError(f"--model {name}: holds quantised weights, which cannot be trained; give the model in bfloat16.")
+    if getattr(config.text_config, "use_sliding_window", False):
+        raise OSError(f"--model {name}: its language model attends within a window (use_sliding_window), which this "
+                      "program does not; set it to false in config.json, if that is meant.")
+
+
+def check_weights(name, model, loading):
+    """Raise OSError where weights are missing (they would be random), left over, of another shape, or not finite."""
+    for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for"),
+                      ("mismatched_keys", "has another shape of")):
+        found = sorted(str(key) for key in loading[key])
+        if found:
+            raise OSError(f"--model {name}: {what} {len(found)} weights, {found[0]} among them; the files are damaged "
+                          "or of another model.")
+    broken = [key for key, p in model.named_parameters() if not p.isfinite().all()]
+    if broken:
+        raise OSError(f"--model {name}: {len(broken)} weights are not finite, {broken[0]} among them; take another "
+                      "checkpoint.")
 
 
 def recompute_activations(model):
@@ -94,6 +173,35 @@ def find_run(config, prompts):
     return newest, state["iteration"] == total and (not config.eval_every or measured.exists())
 
 
+def note_origin(config, resume_from, samples, completions, tasks):
+    """What a run is made of -> {"start", "start_fingerprint", "rows"}, to be noted in its checkpoints.
+
+    "start" is the folder of the weights that the run began with, which are also the reference of the KL; "rows" is a
+    digest of all that it learns from. A run that goes on keeps its start, also where --model has a newer checkpoint by
+    now. Raises UserError where the rows or the start's weights have changed.
+    """
+    rows = [[Path(s.video).name, s.query, s.start, s.end] for s in samples]
+    digest = hashlib.sha256(json.dumps([rows, completions, tasks]).encode()).hexdigest()
+    if not resume_from:
+        start = find_model(config.model)
+        return {"start": str(start), "start_fingerprint": fingerprint(start), "rows": digest}
+    state = read_run(resume_from)
+    if state["rows"] != digest:
+        raise UserError(f"{config.demonstrations or config.annotations}: its rows, or the videos that are there, have "
+                        f"changed since {resume_from} was written; name another --output.")
+    if config.kl_coef and not config.demonstrations and fingerprint(state["start"]) != state["start_fingerprint"]:
+        raise UserError(f"{state['start']}: the weights that the run began with, the reference of its KL, are gone or "
+                        "changed; put them back, or name another --output.")
+    return {name: state[name] for name in ("start", "start_fingerprint", "rows")}
+
+
+def check_first_kl(config, iteration, metrics):
+    """Policy and reference begin with the same weights: raise UserError where their first passes differ anyway."""
+    if iteration == 0 and config.mu == 1 and metrics.get("kl", 0.0) > 1e-3:
+        raise UserError(f"the first iteration's KL is {metrics['kl']:.3g}, though policy and reference have the same "
+                        "weights: a pass of one of them is wrong; please report this with your versions.")
+
+
 def start_output(config, resume_from):
     """Make --output ready: cut its logs back to the checkpoint that the run goes on from, note the configuration."""
     dist.barrier()  # every rank has looked before rank 0 writes
@@ -103,7 +211,7 @@ def start_output(config, resume_from):
         start = int(resume_from.name.split("-")[1]) if resume_from else 0
         for log in (output / "metrics.jsonl", *output.glob("rollouts.*.jsonl")):
             _cut_log(log, start)
-        (output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        (output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
     if resume_from:
         say(f"going on from {resume_from}")
 
@@ -127,7 +235,9 @@ def read_run(checkpoint):
 def save_checkpoint(config, progress, model, processor, optimizer):
     """Write a checkpoint in the Hugging Face layout, with each rank's share of the optimiser's state.
 
-    `progress` is {"iteration": optimiser steps taken, "iterations": of the whole run, "prompts": of an iteration}.
+    `progress` is {"iteration": optimiser steps taken, "iterations": of the whole run, "prompts": of an iteration} and
+    what `note_origin` gave. Every file of the checkpoint that the run began with is kept as it is; only the weights are
+    ours.
 
     It is written under another name and renamed when complete, so a crash never leaves a half checkpoint behind.
     """
@@ -137,9 +247,9 @@ def save_checkpoint(config, progress, model, processor, optimizer):
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
-        processor.tokenizer.save_pretrained(partial)
-        (partial / "preprocessor_config.json").write_text(json.dumps(processor.pixels, indent=2))
-        (partial / "run.json").write_text(json.dumps(progress | {"config": dataclasses.asdict(config)}))
+        keep_files(processor.folder, partial)
+        record = progress | {"config": dataclasses.asdict(config)}
+        (partial / "run.json").write_text(json.dumps(record), encoding="utf-8")
     dist.barrier()
     names = {p: name for name, p in model.named_parameters()}
     torch.save({names[p]: state for p, state in optimizer.optim.state.items()}, partial / f"optimizer.{rank}.pt")
@@ -147,9 +257,25 @@ def save_checkpoint(config, progress, model, processor, optimizer):
     if rank == 0:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in sorted(Path(config.output).glob("checkpoint-[0-9]*[0-9]"))[:-config.keep]:
+        complete = [path for path in Path(config.output).glob("checkpoint-*") if iteration_of(path) is not None]
+        for old in sorted(complete, key=iteration_of)[:-config.keep]:
             shutil.rmtree(old)
     dist.barrier()
+
+
+def keep_files(folder, partial):
+    """Copy a checkpoint's files, weights and what is this program's apart, over those that the library has written.
+
+    The library rewrites config and tokenizer so that its own older releases, and other programs, cannot read them.
+    """
+    for path in folder.iterdir():
+        weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth") or path.name.endswith(".index.json")
+        if path.is_file() and not weights and path.name != "run.json":
+            shutil.copyfile(path, partial / path.name)
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in partial.iterdir():
+        path.chmod(0o666 & ~umask)  # the library's weights are readable by their owner alone
 
 
 def load_optimizer(checkpoint, model, optimizer):

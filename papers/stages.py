@@ -23,8 +23,9 @@ import numpy as np
 
 import rewards
 from engine.annotations import demonstration_row, load_annotations, load_demonstrations
+from engine.predictions import read_predictions
 from engine.settings import UserError
-from evaluate import evenly_spaced, read_predictions
+from evaluate import evenly_spaced
 from papers.rewards import ANCHORS_WANTED, GROUNDINGS, parse_anchors
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -31,7 +32,7 @@ import grpo
 import invert4tvg
 import rewards
 from engine.attention import Prompt, install_attention
-from engine.checkpoints import newest_checkpoint
+from engine.checkpoints import load_model, newest_checkpoint
 from engine.prompts import encode_prompt, patchify, position_ids
 from engine.runtime import launch, setup_distributed
 from engine.settings import parse_settings
@@ -294,6 +295,12 @@ def weights_of(output):
 
 
 # ---- Scripted answers
+
+
+@functools.cache
+def banned_by(folder):
+    """The ids that are never sampled from a model."""
+    return load_model(folder, torch.device("cpu"))[1].banned
 
 
 class Call(NamedTuple):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import make_prompt, tiny_model, token_ids
+from safetensors.torch import load_file
 
 import grpo
 from engine.attention import Prompt, embed, install_attention, pack, pack_prompts, run_language_model, visual_features
@@ -164,3 +165,29 @@ def test_a_video_pad_inside_a_completion_is_a_token_like_others(tokenizer, model
         assert torch.equal(row[-3:], model.get_input_embeddings()(more))
     pads = torch.cat([prompt.ids for prompt in prompts]) == pad
     assert torch.equal(row[:-3][pads], torch.cat(features))
+
+
+# ------------------------------------------------------------------------------------------------ inside transformers
+
+
+def test_the_places_in_transformers_that_we_rely_on_have_not_moved(tokenizer, model, prompts, tmp_path):
+    """If this fails, a new release of transformers has moved what its message names: look there before anything else."""
+    seen = {}
+
+    class Noted:
+        def attend(self, layer, query, key, value, scaling):
+            seen[layer] = query.shape, key.shape, scaling
+            return query.transpose(1, 2)
+
+    embeddings = torch.zeros(1, 5, 32)
+    run_language_model(model, embeddings, torch.zeros(3, 1, 5, dtype=torch.long), Noted())
+    assert seen == {layer: ((1, 4, 5, 8), (1, 2, 5, 8), 8**-0.5) for layer in (0, 1)}, (
+        "Qwen2_5_VLTextModel no longer hands the value of attention_mask['full_attention'] to the registered attention")
+    features = model.get_video_features(prompts[0].patches, prompts[0].grid)
+    assert isinstance(features.pooler_output, tuple | list), "get_video_features no longer keeps its list in pooler_output"
+    model.save_pretrained(tmp_path)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    for name in ("visual.patch_embed.proj.weight", "visual.blocks.0.attn.qkv.weight", "visual.merger.mlp.0.weight",
+                 "model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight", "model.norm.weight",
+                 "lm_head.weight"):
+        assert name in names, f"save_pretrained no longer writes {name}, the name in the published checkpoints"

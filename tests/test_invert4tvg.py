@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import QUERIES, byte_tokenizer, log_of, make_prompt, tiny_model, token_ids, train, weights_of
+from conftest import QUERIES, banned_by, byte_tokenizer, log_of, make_prompt, tiny_model, token_ids, train, weights_of
 from safetensors.torch import load_file
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -139,7 +139,7 @@ def test_supervised_steps_equal_a_plain_cross_entropy_loop(config, tmp_path):
         losses = []
         for answer, arguments in inputs:
             logits = model(**arguments).logits[0, -len(answer) - 1:-1]
-            logits[:, [model.config.video_token_id, model.config.image_token_id]] = -torch.inf
+            logits[:, banned_by(config.model)] = -torch.inf
             losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none"))
         batches = [torch.cat(losses[:2]), torch.cat(losses[2:])]  # means over tokens differ, but here lengths do not
         assert row["nll"] == pytest.approx(sum(b.mean().item() for b in batches) / 2, abs=1e-4)

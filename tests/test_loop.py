@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    banned_by,
     demonstrated,
     log_of,
     losses,
@@ -169,7 +170,7 @@ def plain_logps(model, config, tokenizer, line):
     positions = position_ids(ids[0], grid[0].tolist(), clip.fps, model.config.video_token_id, 2)
     logits = model(input_ids=ids, position_ids=positions.unsqueeze(1), pixel_values_videos=patches,
                    video_grid_thw=grid).logits[0] / config.temperature
-    logits[:, [model.config.video_token_id, model.config.image_token_id]] = -torch.inf
+    logits[:, banned_by(config.model)] = -torch.inf
     predicted = logits.log_softmax(-1)[-len(answer) - 1:-1]
     return predicted.gather(1, ids[0, -len(answer):].unsqueeze(1)).squeeze(1)
 
@@ -337,6 +338,7 @@ def test_as_many_checkpoints_are_kept_as_asked_and_the_last_iteration_is_one(qui
 def test_an_unfinished_checkpoint_is_not_the_newest(tmp_path):
     for name in ("checkpoint-000001", "checkpoint-000002", "checkpoint-000002.partial", "checkpoint-000004.partial"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").touch()
     assert newest_checkpoint(tmp_path).name == "checkpoint-000002"
 
 
