@@ -278,7 +278,8 @@ def claim_output(settings: EvalSettings):
     dist.barrier()
     if dist.get_rank() == 0:
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(dataclasses.asdict(settings) | {"model": model}, indent=2) + "\n", encoding="utf-8")
+        noted = dataclasses.asdict(settings) | {"model": model}
+        record.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
 
 
 def main(settings: EvalSettings, device):

@@ -171,7 +171,7 @@ def test_a_video_pad_inside_a_completion_is_a_token_like_others(tokenizer, model
 
 
 def test_the_places_in_transformers_that_we_rely_on_have_not_moved(tokenizer, model, prompts, tmp_path):
-    """If this fails, a new release of transformers has moved what its message names: look there before anything else."""
+    """If this fails, a new release of transformers has moved what its message names: look there first."""
     seen = {}
 
     class Noted:
@@ -184,7 +184,8 @@ def test_the_places_in_transformers_that_we_rely_on_have_not_moved(tokenizer, mo
     assert seen == {layer: ((1, 4, 5, 8), (1, 2, 5, 8), 8**-0.5) for layer in (0, 1)}, (
         "Qwen2_5_VLTextModel no longer hands the value of attention_mask['full_attention'] to the registered attention")
     features = model.get_video_features(prompts[0].patches, prompts[0].grid)
-    assert isinstance(features.pooler_output, tuple | list), "get_video_features no longer keeps its list in pooler_output"
+    assert isinstance(features.pooler_output, tuple | list), (
+        "get_video_features no longer keeps its list in pooler_output")
     model.save_pretrained(tmp_path)
     names = set(load_file(tmp_path / "model.safetensors"))
     for name in ("visual.patch_embed.proj.weight", "visual.blocks.0.attn.qkv.weight", "visual.merger.mlp.0.weight",
