@@ -3,6 +3,7 @@
 T frames of H x W pixels; two frames make one grid step, and 28 x 28 pixels of it one visual token. Times are seconds.
 """
 
+import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -36,74 +37,164 @@ def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=None, end=None,
     T is even, 2 to 768. A segment shorter than two frames is widened to 1 / fps seconds; a count that comes out odd
     is rounded up, its last target being `end` itself; over 768 frames the whole is sampled at a lower rate, which
     `fps` of the result states. With `start`, decoding begins at the key frame before it; what no wanted frame needs
-    is not decoded, and only wanted frames are converted, to RGB and their size in one pass.
+    is not decoded, and only wanted frames are converted, to RGB and the size of the first one in one pass.
 
-    Raises VideoError naming the file when it cannot be decoded.
+    Raises VideoError naming the file when it cannot be decoded, when a segment starts after the last picture's end,
+    and when a frame that comes is further from its target than the file promises, by more than half a step of 1 / fps
+    seconds: up to there, a damaged frame gives way to its neighbour.
     """
     try:
-        with av.open(str(path)) as container:
-            video = _Timed(container)
+        with contextlib.closing(_Timed(path)) as video:
             start = start or 0.0
             end = math.inf if end is None else max(end, start + 1 / fps)
-            packets, at_end, seek_to = _scan_packets(video, start, end)
-            known_times = np.sort([packet.time for packet in packets])
+            # From 1 / fps earlier: a segment at the video's end is widened to the left.
+            packets, at_end, seek_to = _scan_packets(video, max(0.0, start - 1 / fps), end)
+            known_times = np.sort([packet.time for packet in packets if packet.is_shown])
             if at_end:
-                last_frame_lasts = (known_times[-1] - known_times[0]) / max(1, len(known_times) - 1) or 1 / fps
-                end = min(end, known_times[-1] + last_frame_lasts)
+                videos_end = _end_of_pictures(packets, video.stated_duration, 1 / fps)
+                if start > videos_end + 1e-6:
+                    raise VideoError(f"{path}: the segment starts at {start:g} s, after the video's end at "
+                                     f"{videos_end:g} s.")
+                end = min(end, videos_end)
             targets, fps = _targets(start, end, fps)
-            size = functools.cache(functools.partial(
-                fit_size, frames=len(targets), max_pixels=max_pixels,
-                min_frame_pixels=min_frame_pixels, max_frame_pixels=max_frame_pixels))
-            nearest = _nearest_times(known_times, targets)
-            plan = _skip_plan(packets, nearest, video.decoder.has_b_frames)
-            video.seek(min(seek_to, targets[0]))
-            frames, times = _decode_nearest(video, plan, targets, size)
-            if plan and not (len(times) and (abs(times - targets) <= abs(nearest - targets)).all()):
-                # A wanted packet held no frame, or a damaged one: look at every frame there is.
-                video.seek(min(seek_to, targets[0]))
-                frames, times = _decode_nearest(video, {}, targets, size)
-            if not len(times):
-                raise ValueError("no frame of it decodes")
+            size = functools.partial(fit_size, frames=len(targets), max_pixels=max_pixels,
+                                     min_frame_pixels=min_frame_pixels, max_frame_pixels=max_frame_pixels)
+            frames, times = _decode_checked(video, packets, seek_to, targets, _nearest_times(known_times, targets),
+                                            0.5 / fps, size)
     except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
         raise VideoError(f"{path}: cannot be decoded as a video ({error}).") from error
     return Clip(torch.from_numpy(frames), times, fps)
 
 
-class _Timed:
-    """A container's first video stream, seen in seconds from the player's zero."""
+def _decode_checked(video, packets, seek_to, targets, nearest, tolerance, size):
+    """Decode the frames at the `nearest` times; where one does not come, look again -> `_decode_nearest`'s result.
 
-    def __init__(self, container):
-        self.container = container
-        self.stream = container.streams.video[0]
-        self.unit = float(self.stream.time_base)  # seconds
-        self.origin = (container.start_time or 0) / av.time_base  # seconds
-        self.decoder = self.stream.codec_context
-        if self.decoder is None:
+    Raises ValueError where a frame stays further from its target than its nearest time, by over `tolerance` seconds.
+    """
+    plan = _skip_plan(packets, nearest)
+    looks = [({}, seek_to)]  # a wanted packet may hold no frame, or a damaged one: look at every frame there is
+    if plan:
+        looks.insert(0, (plan, seek_to))
+    if seek_to:  # H.264 with intra refresh: the picture is whole only some seconds after its "key frame"
+        looks += [({}, max(0.0, seek_to - 16)), ({}, 0.0)]
+    for look, seek_from in looks:
+        video.seek(seek_from)
+        frames, times = _decode_nearest(video, look, targets, size)
+        if not len(times):
+            continue
+        excess = abs(times - targets) - abs(nearest - targets)
+        comes_late = times[0] > nearest[0] and excess[0] > 1e-6
+        if excess.max() <= 1e-6 or not look and not comes_late:
+            break
+    if not len(times):
+        raise ValueError("no frame of it decodes")
+    if excess.max() > tolerance:
+        worst = excess.argmax()
+        raise ValueError(f"for the frame at {nearest[worst]:g} s none nearer than that at {times[worst]:g} s decodes")
+    return frames, times
+
+
+class _Timed:
+    """A file's video stream, seen in seconds from the player's zero."""
+
+    def __init__(self, path):
+        self.path = str(path)
+        self.index = None  # of the stream among the container's
+        self.needs_key = True  # nothing before the first key frame can be decoded
+        self.order = None  # stamps of the pictures as they are shown, where the packets do not tell: `_order_shown`
+        self._open()
+
+    def _open(self):
+        self.container = av.open(self.path, metadata_errors="ignore")  # telephones write titles that are not UTF-8
+        self.is_at_start = True
+        try:
+            if self.index is None:
+                self.index = self._choose_stream()
+            if not self.is_at_start:
+                self.seek(0.0)
+                return
+            self.stream = self.container.streams[self.index]
+            self.unit = float(self.stream.time_base)  # seconds
+            self.origin = (self.container.start_time or 0) / av.time_base  # seconds
+            self.stated_duration = (self.container.duration or 0) / av.time_base  # seconds; 0 where there is none
+            self.decoder = self.stream.codec_context
+            # AVI has no presentation times, and of these codecs a packet alone does not tell its picture's place.
+            self.hides_order = (self.container.format.name == "avi" and self.decoder.has_b_frames
+                                and self.decoder.name in ("h264", "hevc", "vvc"))
+            # Workers, where torch has one thread, are the parallelism; in a process alone, more pay on large frames.
+            pixels = self.decoder.width * self.decoder.height
+            self.decoder.thread_count = min(16, torch.get_num_threads(), 1 + pixels // 2**17)
+            self.decoder.thread_type = "FRAME"
+            self.decoder.copy_opaque = True  # what is noted in a packet is found in its frame
+            self.decoder.open()  # before anything is skipped: dav1d (AV1) keeps to what it is opened with
+        except BaseException:
+            self.close()
+            raise
+
+    def _choose_stream(self):
+        """The index of the stream with the most packets, covers aside: files carry one-picture thumbnails."""
+        streams = [s for s in self.container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        if not streams:
+            raise ValueError("it holds no video stream")
+        streams = [s for s in streams if s.codec_context is not None]
+        if not streams:
             raise ValueError("its codec is unknown")
-        # Workers, where torch has one thread, are the parallelism; in a process alone, more pay on large frames.
-        pixels = self.decoder.width * self.decoder.height
-        self.decoder.thread_count = min(16, torch.get_num_threads(), 1 + pixels // 2**17)
-        self.decoder.thread_type = "FRAME"
-        self.decoder.open()  # before anything is skipped: dav1d (AV1) keeps to what it is opened with
+        if len(streams) == 1:
+            return streams[0].index
+        packets = dict.fromkeys([s.index for s in streams], 0)
+        self.is_at_start = False
+        for packet in self.container.demux(streams):
+            packets[packet.stream_index] += packet.size > 0
+        return max(packets, key=packets.get)
+
+    def close(self):
+        self.container.close()
 
     def seconds(self, stamp):
         return stamp * self.unit - self.origin
 
     def time_of(self, packet_or_frame):
-        """Presentation time; some containers (AVI) state only the decoding time."""
+        """Presentation time; some containers state only the decoding time."""
         stamp = packet_or_frame.pts
         if stamp is None:
             stamp = packet_or_frame.dts
         return None if stamp is None else self.seconds(stamp)
 
     def seek(self, t):
-        self.container.seek(int((t + self.origin) / self.unit), stream=self.stream, backward=True)
+        """Go to a key frame before t, or to the beginning: by opening the file, as seeking to 0 passes pictures."""
+        if t > 0:
+            self.is_at_start = False
+            try:
+                self.container.seek(int((t + self.origin) / self.unit), stream=self.stream, backward=True)
+                return
+            except av.error.FFmpegError:  # a container that cannot seek, or not there
+                pass
+        if not self.is_at_start:
+            self.close()
+            self._open()
+
+    def packets(self):
+        """Demultiplex from here on; an empty packet is last."""
+        self.is_at_start = False
+        begun = not self.needs_key
+        for packet in self.container.demux(self.stream):
+            begun = begun or packet.is_keyframe
+            if begun:
+                yield packet
 
     def frames(self, plan):
         """Decode from here on, as `plan` (see `_skip_plan`) says where it says anything, in order of presentation."""
+        if self.order is None:
+            yield from self._planned_frames(plan)
+            return
+        for stamp, frame in zip(self.order, self._planned_frames({})):
+            frame.pts = stamp
+            yield frame
+
+    def _planned_frames(self, plan):
         wanted = sum(skip == "DEFAULT" for skip in plan.values())
         gap = False
-        for packet in self.container.demux(self.stream):
+        for packet in self.packets():
             skip = plan.get(packet.pts)
             if skip == "ALL":
                 gap = True
@@ -125,36 +216,96 @@ class _Packet(NamedTuple):
 
     time: float  # of presentation, seconds
     stamp: int | None  # the same in the stream's units, where the container states it
-    is_key: bool
+    is_key: bool = False
+    is_shown: bool = True  # or else, before an mp4's edit list begins, only referred to
+    duration: float = 0.0  # seconds; 0 where the container states none
 
 
 def _scan_packets(video, start, end):
-    """Packets from the key frame before `start` to `end`, by demultiplexing alone: nothing is decoded.
+    """Packets from the key frame before `start` to `end`, by demultiplexing alone where that tells the order shown.
 
     Headers lie about duration and rate often enough that only packets are believed. Returns (packets in decoding order,
     whether the file ended, the time to seek to).
     """
-    for back in (0, 4, 16, math.inf):
+    for back in (0, 4, 16, math.inf, math.inf):
         seek_to = max(0.0, start - back)
-        packets = []
-        at_end = True
         video.seek(seek_to)
-        for packet in video.container.demux(video.stream):
-            t = video.time_of(packet)
-            begun = packets or packet.is_keyframe or not seek_to
-            if packet.size and t is not None and begun:
-                packets.append(_Packet(t, packet.pts, packet.is_keyframe))
-            # Packets come in decoding order: once dts is past `end`, so is every later presentation time.
-            if packet.dts is not None and video.seconds(packet.dts) > end:
-                at_end = False
-                break
+        packets, at_end = _packets_until(video, end)
+        if packets and (video.hides_order or None in [packet.stamp for packet in packets]):
+            video.order = _order_shown(video)
+            return [_Packet(video.seconds(stamp), None) for stamp in video.order], True, 0.0
         # Then from further back: MPEG-TS seeks past the key frame, and one frame alone does not tell how long it lasts.
         is_complete = packets and packets[0].time <= start and (len(packets) > 1 or not at_end)
-        if not start or is_complete:
+        if is_complete or packets and not seek_to:
             break
-    if not packets:
+        video.needs_key = bool(packets or seek_to)  # no key frame in the whole file: then do without
+    if not any(packet.is_shown for packet in packets):
         raise ValueError("it holds no frame")
     return packets, at_end, seek_to
+
+
+def _packets_until(video, end):
+    """-> (packets from here to the first one shown after `end`, in decoding order; whether the file ended)."""
+    packets = []
+    dts_before = -math.inf  # seconds
+    after_end = math.inf  # the first time past `end`, seconds
+    for packet in video.packets():
+        t = video.time_of(packet)
+        if packet.size:
+            t = 0.0 if t is None else t
+            duration = (packet.duration or 0) * video.unit
+            packets.append(_Packet(t, packet.pts, packet.is_keyframe, not packet.is_discard, duration))
+            if t > end:
+                after_end = min(after_end, t)
+        if packet.dts is None:
+            continue
+        dts = video.seconds(packet.dts)
+        if dts < dts_before - 1:
+            raise ValueError(f"it is joined of parts: its times go back from {dts_before:g} to {dts:g} s")
+        dts_before = dts
+        if dts >= after_end:  # packets come in decoding order: no later one is shown before its dts
+            return packets, False
+    return packets, True
+
+
+def _order_shown(video):
+    """Decode everything -> the stamps of the pictures in the order in which they are shown.
+
+    AVI states none but the packets' places: the k-th picture is shown at the k-th place. Elsewhere pictures between
+    two that have stamps are spaced evenly.
+    """
+    video.seek(0.0)
+    stated = []  # by the packets
+    own = []  # by the packet that each picture comes from
+    for packet in video.packets():
+        packet.opaque = packet.dts if video.hides_order else packet.pts
+        if packet.size:
+            stated.append(packet.opaque)
+        own += [frame.opaque for frame in packet.decode()]
+    if None not in stated and len(stated) == len(own):
+        return sorted(stated)
+    ranks = [k for k, stamp in enumerate(own) if stamp is not None]
+    if not ranks:
+        raise ValueError("its frames have no times")
+    known = sorted(stamp for stamp in own if stamp is not None)
+    step = (known[-1] - known[0]) / max(1, ranks[-1] - ranks[0])
+    ranks.append(len(own))
+    known.append(known[-1] + step * (len(own) - ranks[-2]))
+    return np.interp(range(len(own)), ranks, known).round().astype(int).tolist()
+
+
+def _end_of_pictures(packets, stated_duration, default):
+    """When the last picture ends, seconds: as its packet states, if that is plausible.
+
+    It is not where it is shorter than every other picture (a nominal rate's) or ends after the container's stated
+    duration (0: none). Then the picture lasts as long as the mean of the others, or `default` if it is the only one.
+    """
+    last = max((packet for packet in packets if packet.is_shown), key=lambda packet: packet.time)
+    gaps = np.diff(np.unique([packet.time for packet in packets if packet.is_shown]))
+    mean = gaps.mean() if len(gaps) else default
+    is_nominal = len(gaps) and last.duration < 0.9 * gaps.min()
+    is_too_long = stated_duration and last.time + last.duration > stated_duration + mean
+    return last.time + (mean if not last.duration or is_nominal or is_too_long else last.duration)
 
 
 def _targets(start, end, fps):
@@ -175,22 +326,21 @@ def _nearest_times(known_times, targets):
     return np.where(abs(targets - before) <= abs(after - targets), before, after)
 
 
-def _skip_plan(packets, nearest, reordered):
+def _skip_plan(packets, nearest):
     """How to decode the packets, by their time stamps, so that the frames at the `nearest` times come out.
 
     "DEFAULT": wanted. "NONREF": needed only if other frames may refer to it. "ALL": left out, as nothing wanted
-    follows before the next key frame. Empty, which is to decode everything, when stamps do not tell packets apart or,
-    frames being `reordered`, are in the order of decoding (AVI).
+    follows before the next key frame. Empty, which is to decode everything, when stamps do not tell packets apart.
     """
     stamps = [packet.stamp for packet in packets]
-    if None in stamps or len(set(stamps)) < len(stamps) or reordered and stamps == sorted(stamps):
+    if None in stamps or len(set(stamps)) < len(stamps):
         return {}
     wanted = set(nearest)
     plan = {}
     needed = False  # by a wanted frame that comes later in the file
     earliest = math.inf  # time of the wanted frames between here and the next key frame
     for packet in reversed(packets):
-        is_wanted = packet.time in wanted
+        is_wanted = packet.is_shown and packet.time in wanted
         if is_wanted:
             needed = True
             earliest = min(earliest, packet.time)
@@ -206,21 +356,22 @@ def _decode_nearest(video, plan, targets, size):
     """Decode from here on; convert only the frames nearest to the targets -> ((T, 3, H, W) uint8, times (T,))."""
     images = []
     times = []
+    seen_size = None  # (height, width) of every frame as it is seen, from the first wanted one
     before = None  # (time, frame) of the frame before this one
     reformatter = av.video.reformatter.VideoReformatter()  # one scaler a video: making it costs more than using it
 
     def keep(t, frame):
+        nonlocal seen_size
         if times and times[-1] == t:  # low frame rates: one frame is nearest to several targets
             images.append(images[-1])
         else:
-            quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise, from the container's display matrix
-            if quarter_turns % 2:  # the size is chosen for the picture as it is seen, and scaled as it is stored
-                stored_width, stored_height = size(frame.width, frame.height)
-            else:
-                stored_height, stored_width = size(frame.height, frame.width)
-            image = reformatter.reformat(frame, stored_width, stored_height, format="rgb24", interpolation="BICUBIC",
-                                         threads=1)
-            images.append(np.rot90(image.to_ndarray(), quarter_turns).transpose(2, 0, 1))
+            is_turned, flips = _orientation(frame)
+            if seen_size is None:  # chosen for the picture as it is seen, while it is scaled as it is stored
+                seen_size = size(frame.width, frame.height) if is_turned else size(frame.height, frame.width)
+            height, width = seen_size[::-1] if is_turned else seen_size
+            image = reformatter.reformat(frame, width, height, format="rgb24", interpolation="BICUBIC", threads=1)
+            image = image.to_ndarray().transpose((2, 1, 0) if is_turned else (2, 0, 1))
+            images.append(image[:, ::flips[0], ::flips[1]])
         times.append(t)
 
     for frame in video.frames(plan):
@@ -239,6 +390,20 @@ def _decode_nearest(video, plan, targets, size):
     return np.array(images, order="C"), np.array(times)
 
 
+def _orientation(frame):
+    """How to turn a stored picture upright -> (whether rows become columns, then (1 or -1 down, 1 or -1 across)).
+
+    From the container's display matrix, which maps a stored (x, y) to (a x + c y, b x + d y); -1 runs backwards.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, (1, 1)
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # in units of 2**-16
+    is_turned = abs(b) + abs(c) > abs(a) + abs(d)
+    across, down = (c, b) if is_turned else (a, d)
+    return is_turned, (-1 if down < 0 else 1, -1 if across < 0 else 1)
+
+
 def fit_size(height, width, frames, max_pixels=MAX_PIXELS, min_frame_pixels=MIN_FRAME_PIXELS,
              max_frame_pixels=MAX_FRAME_PIXELS):
     """-> (height, width), multiples of 28 near the aspect ratio, for `frames` frames within the video's budget.
@@ -247,7 +412,7 @@ def fit_size(height, width, frames, max_pixels=MAX_PIXELS, min_frame_pixels=MIN_
     That limit is never below `min_frame_pixels` (by default 16 tokens a grid): beyond 448 frames, 224 s at 2 FPS, a
     long video therefore exceeds `max_pixels` (up to 6,144 tokens at 768 frames) instead of becoming unrecognisable.
     """
-    most = max(min(max_frame_pixels, 2 * max_pixels // frames), min_frame_pixels)
+    most = max(min(max_frame_pixels, 2 * max_pixels / frames), min_frame_pixels)
     h = max(SIDE, round(height / SIDE) * SIDE)
     w = max(SIDE, round(width / SIDE) * SIDE)
     if h * w < min_frame_pixels:
@@ -263,7 +428,7 @@ def fit_size(height, width, frames, max_pixels=MAX_PIXELS, min_frame_pixels=MIN_
 def video_duration(path):
     """Seconds from a container's header; None where it states none or cannot be opened."""
     try:
-        with av.open(path) as container:
+        with av.open(path, metadata_errors="ignore") as container:
             return container.duration / av.time_base if container.duration else None
     except (av.error.FFmpegError, OSError):
         return None

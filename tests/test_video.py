@@ -140,14 +140,18 @@ def test_variable_frame_rate_uses_true_times(tmp_path):
 
 @settings(max_examples=12, deadline=None)
 @given(gaps=st.lists(st.integers(20, 900), min_size=1, max_size=30), bf=st.sampled_from("03"),
-       start=st.integers(0, 3000), length=st.integers(0, 4000))
+       start=st.integers(0, 2000), length=st.integers(0, 4000))
 @example(gaps=[20] * 7, bf="0", start=140, length=0)  # from the last key frame on there is one frame alone
 @example(gaps=[200] * 7 + [20] * 4, bf="0", start=1400, length=0)  # the gaps from there on are not the file's
 def test_frames_are_the_nearest_to_their_targets(tmp_path_factory, gaps, bf, start, length):
     stamps = list(itertools.accumulate(gaps, initial=0))  # milliseconds
     path = tmp_path_factory.mktemp("v") / "a.mp4"
     write_video(path, [s / 1000 for s in stamps], bf=bf, preset="veryfast", g="7")
-    clip = read_video(path, start=start / 1000, end=(start + length) / 1000, min_frame_pixels=1)
+    try:
+        clip = read_video(path, start=start / 1000, end=(start + length) / 1000, min_frame_pixels=1)
+    except VideoError as error:
+        assert "after the video's end" in str(error) and start >= stamps[-1] + min(gaps)
+        return
     frames = shown(clip)
     assert len(frames) % 2 == 0 and clip.times.tolist() == pytest.approx([stamps[i] / 1000 for i in frames], abs=1e-6)
 
@@ -219,13 +223,13 @@ def test_one_frame_a_second_repeats_frames(tmp_path):
 def test_a_single_frame_makes_a_clip_of_two(tmp_path):
     path = write_video(tmp_path / "a.mp4", [0])
     assert read_video(path).times.tolist() == [0, 0]
-    assert read_video(path, start=3.0, end=4.0).times.tolist() == [0, 0]
+    assert read_video(path, start=0.0, end=4.0).times.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("start, end, frames", [
     (1.0, 1.2, [10, 15]), (1.0, 1.0, [10, 15]), (2.0, 1.0, [20, 25]),  # widened to half a second
     (3.85, 3.88, [35, 39]), (3.5, 9.0, [35, 39]),  # to the left where the video ends; 4.0 -> the last
-    (7.0, 8.0, [35, 39]), (0.0, 0.1, [0, 5])])
+    (4.0, 8.0, [35, 39]), (0.0, 0.1, [0, 5])])
 def test_short_segments_have_two_frames_at_the_true_rate(start, end, frames, tmp_path):
     clip = read_video(write_video(tmp_path / "a.mp4"), start=start, end=end)
     assert shown(clip) == frames and clip.fps == 2.0
