@@ -12,6 +12,8 @@ import av
 import numpy as np
 import torch
 
+from engine.packets import end_of_pictures, scan_packets
+
 SIDE = 28  # frame sides are multiples of 28 pixels: Qwen2.5-VL merges 2 x 2 patches of 14 x 14 into a token
 MAX_PIXELS = 3584 * SIDE**2  # a video's budget over its two-frame grids: 3,584 tokens (Appendix C: "2.8 million")
 MIN_FRAME_PIXELS, MAX_FRAME_PIXELS = 16 * SIDE**2, 768 * SIDE**2
@@ -48,10 +50,10 @@ def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=None, end=None,
             start = start or 0.0
             end = math.inf if end is None else max(end, start + 1 / fps)
             # From 1 / fps earlier: a segment at the video's end is widened to the left.
-            packets, at_end, seek_to = _scan_packets(video, max(0.0, start - 1 / fps), end)
+            packets, at_end, seek_to = scan_packets(video, max(0.0, start - 1 / fps), end)
             known_times = np.sort([packet.time for packet in packets if packet.is_shown])
             if at_end:
-                videos_end = _end_of_pictures(packets, video.stated_duration, 1 / fps)
+                videos_end = end_of_pictures(packets, video.stated_duration, 1 / fps)
                 if start > videos_end + 1e-6:
                     raise VideoError(f"{path}: the segment starts at {start:g} s, after the video's end at "
                                      f"{videos_end:g} s.")
@@ -75,16 +77,13 @@ def _decode_checked(video, packets, seek_to, targets, nearest, tolerance, size):
     looks = [({}, seek_to)]  # a wanted packet may hold no frame, or a damaged one: look at every frame there is
     if plan:
         looks.insert(0, (plan, seek_to))
-    if seek_to:  # H.264 with intra refresh: the picture is whole only some seconds after its "key frame"
-        looks += [({}, max(0.0, seek_to - 16)), ({}, 0.0)]
+    if seek_to:
+        looks.append(({}, 0.0))
     for look, seek_from in looks:
         video.seek(seek_from)
         frames, times = _decode_nearest(video, look, targets, size)
-        if not len(times):
-            continue
-        excess = abs(times - targets) - abs(nearest - targets)
-        comes_late = times[0] > nearest[0] and excess[0] > 1e-6
-        if excess.max() <= 1e-6 or not look and not comes_late:
+        excess = abs(times - targets) - abs(nearest - targets) if len(times) else np.array([math.inf])
+        if video.begins_whole and (not look or excess.max() <= 1e-6):
             break
     if not len(times):
         raise ValueError("no frame of it decodes")
@@ -100,8 +99,9 @@ class _Timed:
     def __init__(self, path):
         self.path = str(path)
         self.index = None  # of the stream among the container's
+        self.begins_whole = True
         self.needs_key = True  # nothing before the first key frame can be decoded
-        self.order = None  # stamps of the pictures as they are shown, where the packets do not tell: `_order_shown`
+        self.order = None  # stamps of the pictures as they are shown, where packets do not tell (engine/packets.py)
         self._open()
 
     def _open(self):
@@ -118,8 +118,8 @@ class _Timed:
             self.origin = (self.container.start_time or 0) / av.time_base  # seconds
             self.stated_duration = (self.container.duration or 0) / av.time_base  # seconds; 0 where there is none
             self.decoder = self.stream.codec_context
-            # AVI has no presentation times, and of these codecs a packet alone does not tell its picture's place.
-            self.hides_order = (self.container.format.name == "avi" and self.decoder.has_b_frames
+            # AVI and ASF have no presentation times; of these codecs a packet alone does not tell its picture's place.
+            self.hides_order = (self.container.format.name in ("avi", "asf") and self.decoder.has_b_frames
                                 and self.decoder.name in ("h264", "hevc", "vvc"))
             # Workers, where torch has one thread, are the parallelism; in a process alone, more pay on large frames.
             pixels = self.decoder.width * self.decoder.height
@@ -192,8 +192,15 @@ class _Timed:
             yield frame
 
     def _planned_frames(self, plan):
+        """Notes in `begins_whole` whether each key frame that was begun at came out.
+
+        One that does not (H.264 with intra refresh) makes the pictures after it come late, or only nearly right.
+        """
         wanted = sum(skip == "DEFAULT" for skip in plan.values())
         gap = False
+        begun_at = None  # the stamp of a key frame that is to come out next
+        is_first = True
+        self.begins_whole = True
         for packet in self.packets():
             skip = plan.get(packet.pts)
             if skip == "ALL":
@@ -203,109 +210,20 @@ class _Timed:
                 yield from self.decoder.decode(None)
                 self.decoder.flush_buffers()
                 gap = False
+                is_first = True
+            if is_first:
+                begun_at = packet.pts
+                is_first = False
             self.decoder.skip_frame = skip or "DEFAULT"
-            yield from packet.decode()
+            for frame in packet.decode():
+                if begun_at is not None and frame.pts is not None and frame.pts > begun_at:
+                    self.begins_whole = False
+                begun_at = None
+                yield frame
             wanted -= skip == "DEFAULT"
             if plan and not wanted:
                 yield from self.decoder.decode(None)
                 break
-
-
-class _Packet(NamedTuple):
-    """What demultiplexing alone tells of a frame."""
-
-    time: float  # of presentation, seconds
-    stamp: int | None  # the same in the stream's units, where the container states it
-    is_key: bool = False
-    is_shown: bool = True  # or else, before an mp4's edit list begins, only referred to
-    duration: float = 0.0  # seconds; 0 where the container states none
-
-
-def _scan_packets(video, start, end):
-    """Packets from the key frame before `start` to `end`, by demultiplexing alone where that tells the order shown.
-
-    Headers lie about duration and rate often enough that only packets are believed. Returns (packets in decoding order,
-    whether the file ended, the time to seek to).
-    """
-    for back in (0, 4, 16, math.inf, math.inf):
-        seek_to = max(0.0, start - back)
-        video.seek(seek_to)
-        packets, at_end = _packets_until(video, end)
-        if packets and (video.hides_order or None in [packet.stamp for packet in packets]):
-            video.order = _order_shown(video)
-            return [_Packet(video.seconds(stamp), None) for stamp in video.order], True, 0.0
-        # Then from further back: MPEG-TS seeks past the key frame, and one frame alone does not tell how long it lasts.
-        is_complete = packets and packets[0].time <= start and (len(packets) > 1 or not at_end)
-        if is_complete or packets and not seek_to:
-            break
-        video.needs_key = bool(packets or seek_to)  # no key frame in the whole file: then do without
-    if not any(packet.is_shown for packet in packets):
-        raise ValueError("it holds no frame")
-    return packets, at_end, seek_to
-
-
-def _packets_until(video, end):
-    """-> (packets from here to the first one shown after `end`, in decoding order; whether the file ended)."""
-    packets = []
-    dts_before = -math.inf  # seconds
-    after_end = math.inf  # the first time past `end`, seconds
-    for packet in video.packets():
-        t = video.time_of(packet)
-        if packet.size:
-            t = 0.0 if t is None else t
-            duration = (packet.duration or 0) * video.unit
-            packets.append(_Packet(t, packet.pts, packet.is_keyframe, not packet.is_discard, duration))
-            if t > end:
-                after_end = min(after_end, t)
-        if packet.dts is None:
-            continue
-        dts = video.seconds(packet.dts)
-        if dts < dts_before - 1:
-            raise ValueError(f"it is joined of parts: its times go back from {dts_before:g} to {dts:g} s")
-        dts_before = dts
-        if dts >= after_end:  # packets come in decoding order: no later one is shown before its dts
-            return packets, False
-    return packets, True
-
-
-def _order_shown(video):
-    """Decode everything -> the stamps of the pictures in the order in which they are shown.
-
-    AVI states none but the packets' places: the k-th picture is shown at the k-th place. Elsewhere pictures between
-    two that have stamps are spaced evenly.
-    """
-    video.seek(0.0)
-    stated = []  # by the packets
-    own = []  # by the packet that each picture comes from
-    for packet in video.packets():
-        packet.opaque = packet.dts if video.hides_order else packet.pts
-        if packet.size:
-            stated.append(packet.opaque)
-        own += [frame.opaque for frame in packet.decode()]
-    if None not in stated and len(stated) == len(own):
-        return sorted(stated)
-    ranks = [k for k, stamp in enumerate(own) if stamp is not None]
-    if not ranks:
-        raise ValueError("its frames have no times")
-    known = sorted(stamp for stamp in own if stamp is not None)
-    step = (known[-1] - known[0]) / max(1, ranks[-1] - ranks[0])
-    ranks.append(len(own))
-    known.append(known[-1] + step * (len(own) - ranks[-2]))
-    return np.interp(range(len(own)), ranks, known).round().astype(int).tolist()
-
-
-def _end_of_pictures(packets, stated_duration, default):
-    """When the last picture ends, seconds: as its packet states, if that is plausible.
-
-    It is not where it is shorter than every other picture (a nominal rate's) or ends after the container's stated
-    duration (0: none). Then the picture lasts as long as the mean of the others, or `default` if it is the only one.
-    """
-    last = max((packet for packet in packets if packet.is_shown), key=lambda packet: packet.time)
-    gaps = np.diff(np.unique([packet.time for packet in packets if packet.is_shown]))
-    mean = gaps.mean() if len(gaps) else default
-    is_nominal = len(gaps) and last.duration < 0.9 * gaps.min()
-    is_too_long = stated_duration and last.time + last.duration > stated_duration + mean
-    return last.time + (mean if not last.duration or is_nominal or is_too_long else last.duration)
 
 
 def _targets(start, end, fps):

@@ -72,6 +72,12 @@ SKIPPED = {
     "open groups.mkv": OPEN,
     "mpeg4.avi": {"codec": "mpeg4", "bf": "2", "unit": 10},
     "vp9.webm": {"codec": "libvpx-vp9", "deadline": "realtime", "cpu-used": "8"},
+    "transport stream.mp4": B_FRAMES | {"g": "40", "container": "mpegts", "unit": 90000},  # seek(0) passes a group
+    "open groups.ts": OPEN | {"unit": 90000},
+    "intra refresh.ts": {"preset": "medium", "x264-params": "intra-refresh=1:keyint=20", "unit": 90000},
+    "b-frames.avi": B_FRAMES | {"unit": 10},  # states no presentation times
+    "b-frames.asf": B_FRAMES,
+    "late.mkv": B_FRAMES | {"g": "40"},
 }
 
 
@@ -83,13 +89,17 @@ def moving(frames, side):
 
 @pytest.mark.parametrize("name", SKIPPED)
 def test_clips_are_those_of_decoding_every_frame(name, tmp_path):
-    path = write_video(tmp_path / name, [k / 10 for k in range(120)], picture=moving(120, 56), **SKIPPED[name])
+    late = 10 if name == "late.mkv" else 0
+    path = write_video(tmp_path / name, [late + k / 10 for k in range(120)], picture=moving(120, 56), **SKIPPED[name])
     with av.open(str(path)) as file:
         stream, zero = file.streams.video[0], (file.start_time or 0) / av.time_base
         stream.codec_context.thread_count = 1
         frames = [(f.dts if f.pts is None else f.pts, f.to_ndarray(format="rgb24", interpolation="BICUBIC"))
                   for f in file.decode(stream)]
         truth = {stamp * float(stream.time_base) - zero: frame for stamp, frame in frames}
+    if name in ("b-frames.avi", "b-frames.asf"):
+        truth = {k / 10: frame for k, (_, frame) in enumerate(frames)}
+    assert len(truth) == 120
     times = np.array(list(truth))
     segments = [(None, None), (0, 2), (1.13, 1.2), (4.97, 9.4), (8, 12)]
     for fps, (start, end) in itertools.product([0.5, 2, 3, 7], segments):
@@ -176,28 +186,34 @@ def test_time_zero_is_the_players_even_if_only_sound_starts_there(name, tmp_path
     assert shown(part) == [12, 17] and part.times.tolist() == pytest.approx([2.0, 2.5])
 
 
-def set_rotation(path, clockwise):
-    """Write a turn into the display matrix of an mp4's track header, as telephones do."""
+def set_rotation(path, clockwise, mirrored=False):
+    """Write a turn, after it a change of left and right, into an mp4's display matrix, as telephones do."""
     a, b = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[clockwise]
+    c, d = -b, a
+    if mirrored:
+        a, c = -a, -c
     content = bytearray(path.read_bytes())
     at = content.index(b"tkhd") + 4 + 40  # version 0: 40 bytes of flags, times, id and duration, then the matrix
-    struct.pack_into(">9i", content, at, a << 16, b << 16, 0, -b << 16, a << 16, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", content, at, a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("clockwise, size, dark", [(0, (56, 84), "left"), (90, (84, 56), "top"),
-                                                   (180, (56, 84), "right"), (270, (84, 56), "bottom")])
-def test_a_turned_video_is_seen_upright(clockwise, size, dark, tmp_path):
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("clockwise", [0, 90, 180, 270])
+def test_a_turned_or_mirrored_video_is_seen_upright(clockwise, mirrored, tmp_path):
     picture = np.zeros((56, 84, 3), np.uint8)
-    picture[:, 42:] = 255  # its left half is dark
+    picture[:28, :42] = 60  # four quarters, each of its own
+    picture[:28, 42:] = 120
+    picture[28:, :42] = 180
+    picture[28:, 42:] = 240
     path = write_video(tmp_path / "a.mp4", picture=picture, size=(56, 84))
-    set_rotation(path, clockwise)
-    frames = read_video(path, min_frame_pixels=1).frames.float()
-    h, w = size
-    assert frames.shape[2:] == size
-    halves = {"left": frames[..., :w // 2], "right": frames[..., w // 2:],
-              "top": frames[..., :h // 2, :], "bottom": frames[..., h // 2:, :]}
-    assert min(halves, key=lambda side: halves[side].mean()) == dark and halves[dark].mean() < 20
+    set_rotation(path, clockwise, mirrored)
+    seen = np.rot90(picture, -clockwise // 90)
+    if mirrored:
+        seen = seen[:, ::-1]
+    frames = read_video(path, min_frame_pixels=1).frames
+    assert frames.shape[2:] == seen.shape[:2]
+    assert abs(frames[3].permute(1, 2, 0).float().numpy() - seen).mean() < 8
 
 
 def test_odd_sizes_are_read_and_colours_stay_in_place(tmp_path):
@@ -306,6 +322,122 @@ def test_a_file_cut_short_is_read_up_to_the_cut(tmp_path):
     assert frames[:3] == [0, 5, 10] and 2 <= len(frames) < 8  # its header still promises four seconds
 
 
+def remux(path, new, change=lambda packet: None, metadata=None, thumbnail=False):
+    """Copy a video's packets, each `change`d, into the file `new`; a `thumbnail` is a first stream of one picture."""
+    with av.open(str(path)) as source, av.open(str(new), "w") as file:
+        file.metadata.update(metadata or {})
+        if thumbnail:
+            small = file.add_stream("mjpeg", rate=1)
+            small.width, small.height, small.pix_fmt = 28, 28, "yuvj420p"
+        stream = file.add_stream_from_template(source.streams.video[0])
+        if thumbnail:
+            picture = av.VideoFrame.from_ndarray(np.zeros((28, 28, 3), np.uint8), format="rgb24")
+            picture.pts = 0
+            file.mux(small.encode(picture))
+            file.mux(small.encode())
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                change(packet)
+                packet.stream = stream
+                file.mux(packet)
+    return new
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_the_last_packets_stated_duration_counts(name, tmp_path):
+    def stay(packet):  # a slide that is shown to the end
+        packet.duration = round((52 if packet.pts * packet.time_base > 7 else 2) / packet.time_base)
+
+    path = remux(write_video(tmp_path / "short.mp4", range(0, 10, 2)), tmp_path / name, stay)
+    clip = read_video(path, fps=0.5)  # 60 seconds
+    assert shown(clip) == [0, 1, 2, 3] + [4] * 26
+    assert shown(read_video(path, start=50, end=70)) == [4] * 20  # up to 60 s
+
+
+def test_a_gifs_last_picture_lasts_as_long_as_it_says(tmp_path):
+    def stay(packet):
+        packet.duration = 1000 if packet.pts >= 100 else 100  # hundredths of a second
+
+    path = write_video(tmp_path / "short.gif", [0, 1], codec="gif", pixels="rgb8", unit=100)
+    clip = read_video(remux(path, tmp_path / "a.gif", stay))
+    assert len(clip.times) == 22 and clip.times.tolist() == [0, 0] + [1] * 20  # 11 seconds
+
+
+def test_titles_need_not_be_utf_8(tmp_path):
+    path = remux(write_video(tmp_path / "a.mp4"), tmp_path / "b.mp4", metadata={"title": "a title"})
+    path.write_bytes(path.read_bytes().replace(b"a title", b"caf\xe9 \xfc\xdf"))
+    assert shown(read_video(path)) == [0, 5, 10, 15, 20, 25, 30, 35]
+    assert video.video_duration(str(path)) == pytest.approx(4, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.avi", "a.mp4"])
+def test_a_thumbnail_beside_the_video_is_not_the_video(name, tmp_path):
+    path = write_video(tmp_path / "without.avi", codec="mpeg4", unit=10)
+    clip = read_video(remux(path, tmp_path / name, thumbnail=True))
+    assert shown(clip) == [0, 5, 10, 15, 20, 25, 30, 35]
+
+
+def joined(path, times, sizes):
+    """MPEG-TS recordings, one after the other in one file."""
+    parts = []
+    for part_times, size in zip(times, sizes):
+        parts.append(write_video(path.with_name("part.ts"), part_times, size=size, unit=90000).read_bytes())
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+def test_where_the_size_changes_frames_take_that_of_the_first_wanted_one(tmp_path):
+    path = joined(tmp_path / "a.ts", [TEN_HZ, [4 + t for t in TEN_HZ]], [(112, 112), (168, 224)])
+    clip = read_video(path)
+    assert clip.frames.shape == (16, 3, 112, 112) and shown(clip) == 2 * [0, 5, 10, 15, 20, 25, 30, 35]
+    assert read_video(path, start=5, end=7).frames.shape == (4, 3, 168, 224)
+
+
+def test_joined_parts_whose_times_start_again_are_said_not_guessed(tmp_path):
+    path = joined(tmp_path / "a.ts", [TEN_HZ, TEN_HZ], [(56, 56), (56, 56)])
+    with pytest.raises(VideoError, match="a.ts: .*its times go back from 3.9 to 0 s"):
+        read_video(path)
+
+
+def test_a_recording_that_begins_within_a_group_stands_at_its_first_whole_picture(tmp_path):
+    path = write_video(tmp_path / "a.ts", picture=moving(40, 56), unit=90000, g="12")
+    content = path.read_bytes()
+    at = content.index(b"\x47", 188 * (len(content) // 188 // 5))
+    path.write_bytes(content[:188 * 3] + content[at - at % 188:])  # the tables, then from the first group's middle on
+    clip = read_video(path)
+    assert len(clip.times) in (6, 8) and (abs(np.diff(clip.times)) <= 0.61).all()
+
+
+def test_mpeg_ps_is_read_whole_and_cut(tmp_path):
+    times = [k / 25 for k in range(100)]
+    path = write_video(tmp_path / "a.mpg", times, codec="mpeg2video", container="mpeg", unit=25, bf="2")
+    every = [round(12.5 * k) for k in range(8)]
+    assert np.array_equal(np.abs(np.array(shown(read_video(path))) * 0 + every), every)
+    assert read_video(path).times.tolist() == pytest.approx(np.arange(8) / 2, abs=0.021)
+    assert read_video(path, start=1.0, end=3.0).times.tolist() == pytest.approx([1, 1.5, 2, 2.5], abs=0.021)
+
+
+def test_a_frame_that_does_not_come_is_an_error_not_another_frame(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", bf="3", preset="medium")
+    frames = video._Timed.frames
+    monkeypatch.setattr(video._Timed, "frames", lambda *args: (f for f in frames(*args) if not 0.6 < f.time < 1.8))
+    with pytest.raises(VideoError, match="a.mp4: .*for the frame at 1 s none nearer than that at 0.6 s decodes"):
+        read_video(path)
+
+
+def test_a_segment_after_the_videos_end_is_an_error_that_says_so(tmp_path):
+    path = write_video(tmp_path / "a.mp4", [k / 10 for k in range(95)])
+    with pytest.raises(VideoError, match=r"a.mp4: the segment starts at 20 s, after the video's end at 9.5 s\."):
+        read_video(path, start=20.0, end=25.0)
+    assert read_video(path, start=9.0, end=25.0).times.tolist() == pytest.approx([9.0, 9.4], abs=0.11)
+
+
+def test_a_file_without_pictures_says_so(tmp_path):
+    sound_only(tmp_path / "a.mp4")
+    with pytest.raises(VideoError, match="it holds no video stream"):
+        read_video(tmp_path / "a.mp4")
+
+
 # ---- Frame sizes
 
 @pytest.mark.parametrize("height, width, frames, expected, tokens", [
@@ -313,6 +445,7 @@ def test_a_file_cut_short_is_read_up_to_the_cut(tmp_path):
     (270, 480, 240, (112, 196), 3360),   # 120 s: 120 grids of 4 x 7
     (360, 640, 300, (84, 168), 2700),
     (360, 640, 768, (84, 140), 5760),    # beyond 448 frames 16 tokens a grid may exceed the budget
+    (1080, 1920, 300, (84, 196), 3150),  # 18,732.37 pixels a frame: the fraction is not cut off
     (1080, 1920, 2, (560, 1008), 720),   # one frame never holds more than 768 tokens
     (40, 60, 2, (112, 140), 20),         # and a small one is enlarged to 16
     (90, 120, 400, (84, 112), 2400),     # unless the budget forbids
