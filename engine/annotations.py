@@ -1,22 +1,40 @@
 """Annotation files: every row becomes a `Sample`, whatever the format. Times are seconds."""
 
+import functools
 import json
 import math
-import re
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
+from engine.formats import (
+    READ,
+    ROW_ERRORS,
+    Row,
+    RowError,
+    lines_of,
+    number,
+    parse_json,
+    parse_qvhighlights,
+    parser_of,
+    reason_of,
+    records_of,
+    shown,
+)
+from engine.text import encodable, normalize_query
 from engine.video import video_duration
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".3gp", ".mpg", ".mpeg", ".wmv", ".flv", ".ts",
+                  ".gif")  # where two files share a name, the first of these is taken
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|end|>", "<|eot_id|>", "<end_of_turn>", "<eos>", "</s>")
 
 
 @dataclass(frozen=True)
 class Sample:
     """A query and its segment: `start` and `end` in seconds, `duration` in seconds or None where not annotated.
 
-    `qid` is the annotation's own id of the query, or the row's place in its file.
+    `qid` is the annotation's own id of the query, or the row's place in its file. `folder` is the video's place inside
+    the video folder, for annotations that name one.
     """
 
     video: str
@@ -25,6 +43,11 @@ class Sample:
     end: float
     duration: float | None = None
     qid: str = ""
+    folder: str = field(default="", compare=False)
+
+    def video_name(self):
+        """The video as an annotation names it: its path inside the video folder."""
+        return "/".join(filter(None, (self.folder, Path(self.video).name)))
 
 
 @dataclass(frozen=True)
@@ -36,48 +59,36 @@ class Demonstration:
     completion: str
 
 
-class Row(NamedTuple):
-    """One query as its file states it."""
-
-    video: str
-    start: float
-    end: float
-    duration: float | None
-    sentence: str
-    qid: str
-
-
-def normalize_query(text):
-    """The one form of a query in training and evaluation: stripped, on one line, lower case, no final full stop."""
-    return " ".join(text.split()).lower().rstrip(". ")
-
-
 def load_annotations(path, video_dir, single_window=False):
     """Read every row of an annotation file, dropping none, as a list of `Sample` in the file's order.
 
-    The content, not the name, tells the format: Charades-STA txt ("VID start end##sentence"); JSON of
-    {video: {duration, timestamps, sentences}} (Charades, ActivityNet Captions); QVHighlights jsonl, where each relevant
-    window becomes a sample, as in the paper, and `single_window` keeps only queries with exactly one; the Time-R1 and
-    TVGBench lists. Videos are looked up in `video_dir` by name.
+    The content, not the name, tells the format; READ lists them. In QVHighlights each relevant window becomes a sample,
+    as in the paper, and `single_window` keeps only queries with exactly one. Videos are looked up in `video_dir` by
+    name.
 
     Raises ValueError naming the file and the line (or key, or item) of a malformed row.
     """
-    records, parse = _detect(path, _read(path))
+    records, found = records_of(path, _read(path))
+    if records and not any(parser_of(record) for _, record in records):
+        raise ValueError(f"{path}, {records[0][0]}: holds {found}, which is no format that is read; read are {READ}.")
     find = _video_finder(video_dir)
     samples = []
     for where, record in records:
+        parse = parser_of(record)
         try:
+            if parse is None:
+                raise RowError(shown(record))
             rows = parse(record)
-            if single_window and parse is _parse_qvhighlights and len(rows) != 1:
+            if single_window and parse is parse_qvhighlights and len(rows) != 1:
                 continue
             for row in rows:
-                samples.append(_sample(find(row.video), row, where))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            reason = f"no field {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}, {where}: not a readable annotation row ({reason}); the README lists the formats "
-                             "that are read.") from error
+                samples.append(_sample(find, row, where))
+        except ROW_ERRORS as error:
+            raise ValueError(f"{path}, {where}: not a readable annotation row ({reason_of(error, record)}); the README "
+                             "lists the formats that are read.") from error
     if not samples:
         raise ValueError(f"{path}: holds no annotation row; the README lists the formats that are read.")
+    _refuse_frames(path, samples)
     return samples
 
 
@@ -86,36 +97,46 @@ def load_demonstrations(path, video_dir, tasks):
 
     `tasks` are the names that "task" may have. TVG-R1's field names are read too, and its rows are grounding: "problem"
     for the query, "gt_frame" [start, end] and "video_length" in seconds, and "completion" or "solution" for the
-    completion ("solution" is a guess: its cold-start file is not public).
+    completion ("solution" is a guess: its cold-start file is not public). End tokens are cut off.
 
     Raises ValueError naming the file and the line of a malformed row.
     """
     find = _video_finder(video_dir)
     demonstrations = []
-    for where, line in _lines(_read(path)):
+    for where, line in lines_of(_read(path)):
+        r = parse_json(path, where, line)
         try:
-            r = json.loads(line)
             if "gt_frame" in r:
                 start, end = r["gt_frame"]
                 r = {"query": r["problem"], "start": start, "end": end, "task": "tvg"} | r
             if r["task"] not in tasks:
-                raise ValueError(f"task {r['task']!r} is none of {', '.join(tasks)}")
+                raise RowError(f"task {r['task']!r} is none of {', '.join(tasks)}")
             completion = r["completion"] if "completion" in r else r["solution"]
             if not isinstance(completion, str):
-                raise TypeError(f"completion {completion!r} is no text")
+                raise RowError(f"completion {completion!r} is no text")
             row = Row(r["video"], r["start"], r["end"], r.get("video_length"), r["query"], "")
-            demonstrations.append(Demonstration(_sample(find(row.video), row, where), r["task"], completion))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = f"no field {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}, {where}: not a readable demonstration ({reason}).") from error
+            completion = without_end_token(encodable(completion))
+            demonstrations.append(Demonstration(_sample(find, row, where), r["task"], completion))
+        except ROW_ERRORS as error:
+            raise ValueError(f"{path}, {where}: not a readable demonstration ({reason_of(error, line)}).") from error
     if not demonstrations:
         raise ValueError(f"{path}: holds no demonstration.")
+    _refuse_frames(path, [d.sample for d in demonstrations])
     return demonstrations
+
+
+def without_end_token(completion):
+    """A completion without the end tokens that it may end in: training adds the model's own, once."""
+    text = completion.rstrip()
+    while text.endswith(END_TOKENS):
+        token = next(token for token in END_TOKENS if text.endswith(token))
+        text = completion = text.removesuffix(token).rstrip()
+    return completion
 
 
 def demonstration_row(sample, task, completion):
     """-> one line, a dictionary, of a file that `load_demonstrations` reads."""
-    return {"video": Path(sample.video).name, "query": sample.query, "start": sample.start, "end": sample.end,
+    return {"video": sample.video_name(), "query": sample.query, "start": sample.start, "end": sample.end,
             "task": task, "completion": completion}
 
 
@@ -133,7 +154,7 @@ def append_rollouts(path, iteration, task, samples, texts, scores):
 
 def missing_videos(samples):
     """-> the sorted paths of `samples` that are no files."""
-    return sorted(video for video in {s.video for s in samples} if not Path(video).is_file())
+    return sorted(video for video in {s.video for s in samples} if not os.path.isfile(video))
 
 
 def prepare_training(samples):
@@ -153,15 +174,7 @@ def prepare_training(samples):
     return kept, clamped, len(samples) - len(kept)
 
 
-# ------------------------------------------------------------------------------------------------ formats
-
-
-def _lines(text):
-    """-> [("line 3", line)] of the lines that hold something.
-
-    Not splitlines(), which also cuts at the U+2028 and U+0085 that JSON strings may hold.
-    """
-    return [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+# ------------------------------------------------------------------------------------------------ rows
 
 
 def _read(path):
@@ -171,84 +184,72 @@ def _read(path):
         raise ValueError(f"{path}: is not UTF-8 text ({error.reason}); convert it.") from error
 
 
-def _detect(path, text):
-    """-> ([(where, record)], the function that parses a record into a list of `Row`)."""
-    lines = _lines(text)
-    first = text.lstrip()[:1]
-    if first not in ("{", "["):
-        return lines, _parse_charades
-    if first == "{" and len(lines) > 1 and _is_json(lines[0][1]):  # one JSON object a line
-        return lines, _parse_qvhighlights
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
-    if first == "[":
-        return [(f"item {i}", r) for i, r in enumerate(document)], _parse_list_item
-    if "relevant_windows" in document:  # a jsonl of one line
-        return lines, _parse_qvhighlights
-    return [(f"key {video!r}", (video, r)) for video, r in document.items()], _parse_captions
-
-
-def _is_json(line):
-    try:
-        json.loads(line)
-    except json.JSONDecodeError:
-        return False
-    return True
-
-
-def _parse_charades(line):
-    head, sentence = line.split("##", 1)
-    video, start, end = head.split()
-    return [Row(video, start, end, None, sentence, "")]
-
-
-def _parse_captions(item):
-    video, r = item
-    rows = []
-    for i, ((start, end), sentence) in enumerate(zip(r["timestamps"], r["sentences"], strict=True)):
-        rows.append(Row(video, start, end, r.get("duration"), sentence, f"{video}:{i}"))
-    return rows
-
-
-def _parse_qvhighlights(line):
-    r = json.loads(line)
-    windows = enumerate(r["relevant_windows"])
-    return [Row(r["vid"], start, end, r.get("duration"), r["query"], f"{r['qid']}:{i}") for i, (start, end) in windows]
-
-
-def _parse_list_item(r):
-    if "answer" in r:  # TVGBench
-        start, end = re.fullmatch(r"\s*([\d.]+)\s*-\s*([\d.]+)\s*", r["answer"]).groups()
-        return [Row(r["path"], start, end, r.get("duration"), r["question"], "")]
-    start, end = r["timestamp"]  # Time-R1; its video_start is a note, the files are already cut
-    return [Row(r["video"], start, end, r.get("duration"), r["sentence"], r.get("qid", ""))]
-
-
-def _sample(video, row, where):
-    start = float(row.start)
-    end = float(row.end)
-    duration = None if row.duration is None else float(row.duration)
+def _sample(find, row, where):
+    start = number(row.start)
+    end = number(row.end)
+    duration = None if row.duration is None else number(row.duration)
     if not all(math.isfinite(x) and x >= 0 for x in (start, end, duration or 0.0)):
-        raise ValueError(f"times {start} to {end} of {duration} are not finite seconds from 0")
+        raise RowError(f"times {start} to {end} of {duration} are not finite seconds from 0")
+    if not isinstance(row.sentence, str):
+        raise RowError(f"the sentence {json.dumps(row.sentence)[:60]} is no text")
     query = normalize_query(row.sentence)
     if not query:
-        raise ValueError("the sentence is empty")
-    return Sample(video, query, start, end, duration, str(row.qid or where))
+        raise RowError("the sentence is empty")
+    folder, _ = _name_parts(row.video)
+    return Sample(find(row.video), query, start, end, duration, str(row.qid or where), folder)
+
+
+def _refuse_frames(path, samples):
+    """Raise ValueError where most segments end after their videos: their times are hardly seconds."""
+    timed = [s for s in samples if s.duration]
+    late = [s for s in timed if s.end > s.duration + 1]
+    if len(late) >= 3 and len(late) > len(timed) / 2:
+        raise ValueError(f"{path}: {len(late)} of {len(timed)} rows end more than a second after their video, the "
+                         f"first at {late[0].end:g} of {late[0].duration:g} s; these look like frames, not seconds.")
+
+
+# ------------------------------------------------------------------------------------------------ videos
+
+
+def _name_parts(name):
+    """An annotation's name of a video -> (the folders that it names, the name of the file).
+
+    Folders count only inside the video folder: "charades/x.mp4" has one, "/data/x.mp4" and "../x.mp4" have none.
+    """
+    if not isinstance(name, str):
+        raise RowError(f"the video {json.dumps(name)[:60]} is no name")
+    *folders, file = name.replace("\\", "/").split("/")
+    if file in ("", ".", ".."):
+        raise RowError(f'the video "{name}" is no name')
+    outside = folders and (not folders[0] or folders[0].endswith(":"))  # from the root, or from a drive
+    if outside or ".." in folders:
+        return "", file
+    return "/".join(folder for folder in folders if folder not in ("", ".")), file
 
 
 def _video_finder(video_dir):
-    """-> find(name): the path of an annotation's video id or path in `video_dir`, whatever the container's suffix."""
-    folder = Path(video_dir)
-    listed = {}
-    if folder.is_dir():
-        listed = {p.stem: str(p) for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES}
+    """-> find(name): the path of an annotation's video id or path in `video_dir`, whatever the container's suffix.
+
+    A name that exists as it stands is taken. One that names a folder is looked up there and then in `video_dir`.
+    """
+    @functools.cache
+    def listed(folder):
+        """The files of a folder, by name and by name without suffix."""
+        try:
+            files = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+        except (OSError, ValueError):  # there is none of that name, or the name can be none
+            return {}, {}
+        videos = [Path(file) for file in files if Path(file).suffix.lower() in VIDEO_SUFFIXES]
+        videos.sort(key=lambda video: VIDEO_SUFFIXES.index(video.suffix.lower()), reverse=True)
+        return {file: folder / file for file in files}, {video.stem: folder / video for video in videos}
 
     def find(name):
-        path = folder / name.replace("\\", "/").rsplit("/", 1)[-1]
-        if path.suffix.lower() not in VIDEO_SUFFIXES:
-            path = folder / f"{path.name}.mp4"
-        return listed.get(path.stem, str(path))
+        folders, file = _name_parts(name)
+        stem = file.removesuffix(Path(file).suffix) if Path(file).suffix.lower() in VIDEO_SUFFIXES else file
+        for folder in (Path(video_dir, folders), Path(video_dir)):
+            files, stems = listed(folder)
+            if file in files or stem in stems:
+                return str(files.get(file) or stems[stem])
+        return str(Path(video_dir, file if stem != file else f"{file}.mp4"))
 
     return find

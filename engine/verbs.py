@@ -10,6 +10,8 @@ import numpy as np
 import spacy
 from spacy.tokens import Doc
 
+from engine.text import encodable, normalize_query
+
 
 @functools.cache
 def load_spacy():
@@ -27,8 +29,11 @@ def load_spacy():
 
 
 def verbs(text: str) -> list[str]:
-    """The roots of the verbs of a text, in order: "A person walks away and laughs" -> ["walk", "laugh"]."""
-    return [root(word) for word, _, is_verb in tag_words([text])[0] if is_verb]
+    """The roots of the verbs of an answer, in order: "A person walks away and laughs" -> ["walk", "laugh"].
+
+    It is tagged in the form of a query: a capital letter or a final full stop changes the tags of one query in 100.
+    """
+    return [root(word) for word, _, is_verb in tag_words([normalize_query(text)])[0] if is_verb]
 
 
 def tag_words(texts) -> list[list[tuple[str, str, bool]]]:
@@ -41,11 +46,6 @@ def tag_words(texts) -> list[list[tuple[str, str, bool]]]:
     with nlp.memory_zone():  # frees the strings that odd outputs would leave in spaCy's vocabulary
         docs = nlp.pipe(map(encodable, texts), batch_size=256)
         return [[(t.text, t.whitespace_, t.pos_ == "VERB" and t.lemma_ != "be") for t in doc] for doc in docs]
-
-
-def encodable(text: str) -> str:
-    """Lone surrogates, which spaCy cannot store, become question marks."""
-    return text.encode("utf-8", "replace").decode()
 
 
 MASKED = {}  # query -> (masked query, gold verbs); no lru_cache, because mask_queries fills it for many at once

@@ -182,7 +182,7 @@ def run_difficulty(args):
     rows = []
     for i in kept:
         s = samples[i]
-        rows.append({"video": Path(s.video).name, "duration": s.duration, "timestamp": [s.start, s.end],
+        rows.append({"video": s.video_name(), "duration": s.duration, "timestamp": [s.start, s.end],
                      "sentence": s.query, "qid": s.qid, "difficulty": round(100 * difficulty[i], 2)})
     return rows
 
