@@ -17,6 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import av
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -41,6 +42,9 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 # ---- A model and its tokenizer
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no defect
+hypothesis.settings.load_profile("no deadline")
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
             "<|image_pad|>", "<|video_pad|>"]

@@ -19,7 +19,7 @@ from engine import checkpoints
 from engine.checkpoints import load_model, load_optimizer, newest_checkpoint
 from engine.optimizer import MasterAdamW
 from engine.runtime import StopSignal
-from engine.settings import option
+from engine.settings import changed_options, option
 
 CPU = torch.device("cpu")
 
@@ -209,3 +209,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(config, tmp_path, monkeypatch
         train(invert4tvg.Config(**given, iterations=100000, workers=0))
     assert stop.value.code == 130 and "going on from" in capsys.readouterr().out
     assert [row["iteration"] for row in log_of(config.output)] == list(range(done + 1))
+
+
+def test_the_configuration_is_noted_beside_the_log(config):
+    train(config, iterations=1, lr=1e-5)
+    noted = json.loads((Path(config.output) / "config.json").read_text(encoding="utf-8"))
+    assert changed_options(noted, config) == ["--lr", "--iterations"]

@@ -11,10 +11,21 @@ from conftest import write_video
 
 import papers.rewards
 import rewards
-from data import Sample, Settings, TaskSampler, build_prompt, load_training, prompt_text
+from data import (
+    Item,
+    Sample,
+    Settings,
+    TaskSampler,
+    build_prompt,
+    load_training,
+    make_sampler,
+    prompt_text,
+    report_unreadable,
+)
 from engine.checkpoints import Processor
 from engine.settings import UserError
-from engine.video import Clip
+from engine.video import Clip, VideoError
+from invert4tvg import Config
 from rewards import INVERSIONS
 
 # ---- Settings
@@ -227,3 +238,20 @@ def test_time_is_counted_at_the_clips_true_rate_whatever_was_asked_for(model, to
 def test_grounding_redraws_reach_every_row_though_no_query_has_a_verb():
     draw = sampler(n=10, verbless=range(10), p=1)
     assert {draw.index(0, 0, attempt) for attempt in range(1, 100)} == set(range(10))
+
+
+def test_a_runs_sampler_knows_which_queries_suit_each_of_its_inversions(monkeypatch):
+    two = rewards.Inversion("How many people?", "provide a number,", None, suits=lambda query: "two" in query)
+    monkeypatch.setitem(INVERSIONS, "two", two)
+    samples = [Sample("a.mp4", query, 0.0, 1.0) for query in ("person opens the door", "two red lamps")]
+    draw = make_sampler(Config(inversion_tasks=("vc", "two")), samples, prompts=2, rank=0, world_size=1)
+    assert draw.suits == {"vc": [True, False], "two": [False, True]}
+
+
+def test_every_redraw_is_counted_and_one_slot_without_a_clip_stops_the_run(capsys):
+    clip = Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), np.arange(2.0), 2.0)
+    redrawn = Item(0, "tvg", clip, ["bad.mp4"] * 2)  # twice the same video
+    assert report_unreadable([Item(1, "tvg", clip), redrawn]) == 2
+    assert capsys.readouterr().err.count("redrawn: bad.mp4") == 1
+    with pytest.raises(VideoError, match="8 draws for one slot"):
+        report_unreadable([redrawn, Item(1, "tvg", None, ["bad.mp4"] * 8)])

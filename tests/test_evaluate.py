@@ -10,6 +10,7 @@ import pytest
 from conftest import measure, reply, scripted, write_video
 
 import evaluate
+import rewards
 from engine.runtime import launch
 from engine.settings import UserError, parse_settings
 from papers.rewards import grounding
@@ -309,11 +310,38 @@ def test_each_completion_is_written_under_its_own_row_also_beside_an_unreadable_
 
 
 def test_a_batch_may_hold_two_tasks_of_one_row(settings):
-    with scripted(*(reply(text) for text in ("opens", "sitting"))):
+    texts = [reply(text) for text in ("opens", "sitting", "person opens it", "a person sits")]
+    with scripted(*texts):
         measure(settings, tasks=("ar", "vd"), micro_batch=4, max_new_tokens=60)
     found = [(p["row"], p["task"], p["completion"]) for p in lines(settings)]
-    assert found == [(0, "ar", reply("opens")), (2, "ar", reply("sitting")),
-                     (0, "vd", reply("opens")), (2, "vd", reply("sitting"))]
+    assert found == [(0, "ar", texts[0]), (2, "ar", texts[1]), (0, "vd", texts[2]), (2, "vd", texts[3])]
+
+
+def test_a_new_inversion_is_measured_on_the_rows_that_suit_it(settings, monkeypatch):
+    lamps = rewards.Inversion("How many lamps?", "provide a number,",
+                              lambda answer, query, scoring: float(answer == "1"), suits=lambda query: "lamp" in query)
+    monkeypatch.setitem(rewards.INVERSIONS, "lamps", lamps)
+    monkeypatch.setattr(rewards, "TASKS", ("tvg", *rewards.INVERSIONS))
+    with scripted(reply("1")):
+        metrics = measure(settings, tasks=("vc", "lamps"), max_new_tokens=60)
+    assert [(p["row"], p["task"]) for p in lines(settings)] == [(0, "vc"), (2, "vc"), (1, "lamps")]
+    assert metrics["LAMPS"] == 100
+
+
+def test_rows_that_are_alike_are_sampled_with_noise_of_their_own(settings):
+    Path(settings.annotations).write_text("AAA 0 2##person runs.\n" * 2, encoding="utf-8")
+    measure(settings, samples=2, tasks=("tvg",), micro_batch=1)
+    assert len({p["completion"] for p in lines(settings)}) == 2 * 2
+
+
+def test_all_that_shapes_what_a_model_sees_and_writes_comes_from_its_checkpoint(trained):
+    used_to = {"fps": 1.0, "max_pixels": 400_000, "min_frame_pixels": 784, "max_frame_pixels": 50_176,
+               "max_new_tokens": 40, "inversion_format": "answer", "tvg_reward": "anchors"}
+    record = trained / "checkpoint-000002" / "run.json"
+    state = json.loads(record.read_text(encoding="utf-8"))
+    state["config"] |= used_to
+    record.write_text(json.dumps(state), encoding="utf-8")
+    assert evaluate.trained_with(evaluate.EvalSettings(model=str(trained))) == used_to
 
 
 def test_time_r1s_reward_asks_an_evaluation_for_no_duration(settings):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import (
     banned_by,
+    byte_tokenizer,
     demonstrated,
     log_of,
     losses,
@@ -345,3 +346,20 @@ def test_an_unfinished_checkpoint_is_not_the_newest(tmp_path):
 def test_rows_of_a_log_are_averaged_where_they_have_a_number_and_maxima_stay_maxima():
     rows = [{"loss": 1.0, "gap_max": 1.0}, {"loss": 2.0, "gap_max": 3.0, "grad_norm": 5.0}]
     assert combine(rows) == {"loss": 1.5, "gap_max": 3.0, "grad_norm": 5.0}
+
+
+def test_entropy_is_a_mean_over_tokens_alone(quick):
+    # At a very high temperature every id but the banned ones is equally likely.
+    with scripted(reply("0 to 4"), "x"):
+        train(quick, temperature=1e6)
+    allowed = len(byte_tokenizer()) - len(banned_by(quick.model))
+    assert log_of(quick.output)[0]["entropy"] == pytest.approx(math.log(allowed), abs=1e-4)
+
+
+def test_demonstrations_without_a_single_video_are_refused(four_demonstrations, tmp_path, capsys):
+    row = {"video": "GONE", "query": "person runs", "start": 0, "end": 2, "task": "vd", "completion": "text"}
+    config = dataclasses.replace(four_demonstrations, demonstrations=write_lines(tmp_path / "gone.jsonl", [row]),
+                                 allow_missing_videos=True)
+    with pytest.raises(SystemExit):
+        demonstrated(config)
+    assert "gone.jsonl: no row is left to train on" in capsys.readouterr().err

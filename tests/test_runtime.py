@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 
 from engine.progress import progress
 from engine.runtime import (
@@ -247,3 +248,52 @@ def test_a_terminal_is_redrawn_and_a_file_gets_a_line_a_minute(monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert progress(range(3)).mininterval < 1
 
+
+# ---- Every setting's limits
+
+
+def test_which_options_may_change_when_a_run_or_an_evaluation_goes_on():
+    def free(cls):
+        return {f.name for f in dataclasses.fields(cls) if f.metadata["free"]}
+
+    both = {"output", "allow_missing_videos", "workers", "clip_timeout", "micro_batch"}
+    assert free(Config) == both | {"accumulation", "save_every", "keep"}
+    assert free(EvalSettings) == both | {"against"}
+
+
+def test_which_options_have_no_meaning_with_demonstrations():
+    # Nothing is drawn, sampled, rewarded, or held near a reference.
+    found = {f.name for f in dataclasses.fields(Config) if f.metadata["unless"]}
+    assert found == {"p", "inversion_tasks", "inversion_reward", "vd_verb_cap", "group_size", "temperature", "kl_coef",
+                     "save_rollouts"}
+
+
+def test_every_number_is_above_zero_or_may_be_zero():
+    numbers = [f for cls in (Config, EvalSettings) for f in dataclasses.fields(cls) if f.type in (int, float)]
+    above = {f.name for f in numbers if f.metadata["above"] == 0}
+    least = {f.name for f in numbers if f.metadata["least"] == 0}
+    assert above | least == {f.name for f in numbers}
+    assert least == {"p", "vd_verb_cap", "clip_epsilon", "kl_coef", "adam_eps", "weight_decay", "iterations", "seed",
+                     "eval_every", "eval_limit", "workers", "samples", "limit"}
+
+
+def test_what_is_inherited_is_checked_together_with_what_is_given(capsys):
+    weights = ["--reward-weights", "anchor_weight=0"]  # alone, this would be refused
+    assert parse_settings(EvalSettings, "", weights, lambda settings: {"tvg_reward": "anchors"}).tvg_reward == "anchors"
+    with pytest.raises(SystemExit):
+        parse_settings(EvalSettings, "", ["--min-frame-pixels", "800"], lambda settings: {"max_frame_pixels": 784})
+    assert "--min-frame-pixels 800 is above --max-frame-pixels 784" in capsys.readouterr().err
+
+
+def stop_one_of_two(rank, folder):
+    """Rank `rank` of two, of which the second has caught a signal, notes whether it stops."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    stop = StopSignal()
+    stop.caught = rank == 1
+    (folder / str(rank)).write_text(str(stop.on_any_rank(torch.device("cpu"))), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def test_a_signal_to_one_process_stops_both(tmp_path):
+    torch.multiprocessing.start_processes(stop_one_of_two, (tmp_path,), nprocs=2, start_method="fork")
+    assert [(tmp_path / str(rank)).read_text(encoding="utf-8") for rank in (0, 1)] == ["True", "True"]

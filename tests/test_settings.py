@@ -174,3 +174,9 @@ def test_activations_are_recomputed_unless_that_is_switched_off(words, tmp_path)
 
     # The language model has two layers.
     assert layers_entered("--gradient-checkpointing") == layers_entered("--no-gradient-checkpointing") + 2
+
+
+def test_a_missing_evaluation_file_is_named_by_its_own_option(words, capsys):
+    with pytest.raises(SystemExit):
+        train(parse(invert4tvg.Config, *words, *TRAINING, "--eval-every", 1, "--eval-annotations", "none.txt"))
+    assert "--eval-annotations none.txt: cannot be read" in capsys.readouterr().err
