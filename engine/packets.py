@@ -1,4 +1,4 @@
-"""What a video file's packets tell before anything is decoded: when its pictures are shown, and when they end.
+"""What a video's packets tell before decoding: when its pictures are shown, when they end, which ones to decode.
 
 Times are seconds from the player's zero; stamps are times in the stream's own units. `video` is engine/video.py's
 view of the file.
@@ -106,3 +106,29 @@ def end_of_pictures(packets, stated_duration, default):
     is_nominal = len(gaps) and last.duration < 0.9 * gaps.min()
     is_too_long = stated_duration and last.time + last.duration > stated_duration + mean
     return last.time + (mean if not last.duration or is_nominal or is_too_long else last.duration)
+
+
+def skip_plan(packets, nearest):
+    """How to decode the packets, by their time stamps, so that the frames at the `nearest` times come out.
+
+    "DEFAULT": wanted. "NONREF": needed only if other frames may refer to it. "ALL": left out, as nothing wanted
+    follows before the next key frame. Empty, which is to decode everything, when stamps do not tell packets apart.
+    """
+    stamps = [packet.stamp for packet in packets]
+    if None in stamps or len(set(stamps)) < len(stamps):
+        return {}
+    wanted = set(nearest)
+    plan = {}
+    needed = False  # by a wanted frame that comes later in the file
+    earliest = math.inf  # time of the wanted frames between here and the next key frame
+    for packet in reversed(packets):
+        is_wanted = packet.is_shown and packet.time in wanted
+        if is_wanted:
+            needed = True
+            earliest = min(earliest, packet.time)
+        plan[packet.stamp] = "DEFAULT" if is_wanted else "NONREF" if needed else "ALL"
+        if packet.is_key:
+            # Open group of pictures: frames stored after this key frame but shown before it may refer to earlier ones.
+            needed = earliest < packet.time
+            earliest = math.inf
+    return plan

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import torch
 
-from engine.packets import end_of_pictures, scan_packets
+from engine.packets import end_of_pictures, scan_packets, skip_plan
 
 SIDE = 28  # frame sides are multiples of 28 pixels: Qwen2.5-VL merges 2 x 2 patches of 14 x 14 into a token
 MAX_PIXELS = 3584 * SIDE**2  # a video's budget over its two-frame grids: 3,584 tokens (Appendix C: "2.8 million")
@@ -73,7 +73,7 @@ def _decode_checked(video, packets, seek_to, targets, nearest, tolerance, size):
 
     Raises ValueError where a frame stays further from its target than its nearest time, by over `tolerance` seconds.
     """
-    plan = _skip_plan(packets, nearest)
+    plan = skip_plan(packets, nearest)
     looks = [({}, seek_to)]  # a wanted packet may hold no frame, or a damaged one: look at every frame there is
     if plan:
         looks.insert(0, (plan, seek_to))
@@ -99,7 +99,8 @@ class _Timed:
     def __init__(self, path):
         self.path = str(path)
         self.index = None  # of the stream among the container's
-        self.begins_whole = True
+        self.begun_at = None  # the stamp of the key frame that is to be the next picture, where decoding began anew
+        self.begins_whole = True  # see `_checked`
         self.needs_key = True  # nothing before the first key frame can be decoded
         self.order = None  # stamps of the pictures as they are shown, where packets do not tell (engine/packets.py)
         self._open()
@@ -183,7 +184,7 @@ class _Timed:
                 yield packet
 
     def frames(self, plan):
-        """Decode from here on, as `plan` (see `_skip_plan`) says where it says anything, in order of presentation."""
+        """Decode from here on, as `plan` (see `skip_plan`) says where it says anything, in order of presentation."""
         if self.order is None:
             yield from self._planned_frames(plan)
             return
@@ -192,38 +193,36 @@ class _Timed:
             yield frame
 
     def _planned_frames(self, plan):
-        """Notes in `begins_whole` whether each key frame that was begun at came out.
-
-        One that does not (H.264 with intra refresh) makes the pictures after it come late, or only nearly right.
-        """
         wanted = sum(skip == "DEFAULT" for skip in plan.values())
-        gap = False
-        begun_at = None  # the stamp of a key frame that is to come out next
-        is_first = True
+        starts_anew = True
         self.begins_whole = True
         for packet in self.packets():
             skip = plan.get(packet.pts)
             if skip == "ALL":
-                gap = True
+                starts_anew = True
                 continue
-            if gap:  # the next packet is a key frame: go on as after a seek
-                yield from self.decoder.decode(None)
+            if starts_anew:  # at a key frame: go on as after a seek
+                yield from self._checked(self.decoder.decode(None))
                 self.decoder.flush_buffers()
-                gap = False
-                is_first = True
-            if is_first:
-                begun_at = packet.pts
-                is_first = False
+                self.begun_at = None if packet.is_discard else packet.pts
+                starts_anew = False
             self.decoder.skip_frame = skip or "DEFAULT"
-            for frame in packet.decode():
-                if begun_at is not None and frame.pts is not None and frame.pts > begun_at:
-                    self.begins_whole = False
-                begun_at = None
-                yield frame
+            yield from self._checked(packet.decode())
             wanted -= skip == "DEFAULT"
             if plan and not wanted:
-                yield from self.decoder.decode(None)
+                yield from self._checked(self.decoder.decode(None))
                 break
+
+    def _checked(self, frames):
+        """`frames`, noting in `begins_whole` whether the key frame where decoding began is the first one to come.
+
+        Where it is not (H.264 with intra refresh), the pictures after it come late, or only nearly right.
+        """
+        for frame in frames:
+            if None not in (self.begun_at, frame.pts) and frame.pts > self.begun_at:
+                self.begins_whole = False
+            self.begun_at = None
+            yield frame
 
 
 def _targets(start, end, fps):
@@ -242,32 +241,6 @@ def _nearest_times(known_times, targets):
     before = known_times[np.maximum(i - 1, 0)]
     after = known_times[np.minimum(i, len(known_times) - 1)]
     return np.where(abs(targets - before) <= abs(after - targets), before, after)
-
-
-def _skip_plan(packets, nearest):
-    """How to decode the packets, by their time stamps, so that the frames at the `nearest` times come out.
-
-    "DEFAULT": wanted. "NONREF": needed only if other frames may refer to it. "ALL": left out, as nothing wanted
-    follows before the next key frame. Empty, which is to decode everything, when stamps do not tell packets apart.
-    """
-    stamps = [packet.stamp for packet in packets]
-    if None in stamps or len(set(stamps)) < len(stamps):
-        return {}
-    wanted = set(nearest)
-    plan = {}
-    needed = False  # by a wanted frame that comes later in the file
-    earliest = math.inf  # time of the wanted frames between here and the next key frame
-    for packet in reversed(packets):
-        is_wanted = packet.is_shown and packet.time in wanted
-        if is_wanted:
-            needed = True
-            earliest = min(earliest, packet.time)
-        plan[packet.stamp] = "DEFAULT" if is_wanted else "NONREF" if needed else "ALL"
-        if packet.is_key:
-            # Open group of pictures: frames stored after this key frame but shown before it may refer to earlier ones.
-            needed = earliest < packet.time
-            earliest = math.inf
-    return plan
 
 
 def _decode_nearest(video, plan, targets, size):

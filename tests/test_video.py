@@ -350,8 +350,8 @@ def test_the_last_packets_stated_duration_counts(name, tmp_path):
 
     path = remux(write_video(tmp_path / "short.mp4", range(0, 10, 2)), tmp_path / name, stay)
     clip = read_video(path, fps=0.5)  # 60 seconds
-    assert shown(clip) == [0, 1, 2, 3] + [4] * 26
-    assert shown(read_video(path, start=50, end=70)) == [4] * 20  # up to 60 s
+    assert shown(clip) == [0, 1, 2, 3] + 26 * [4]
+    assert shown(read_video(path, start=50, end=70)) == 20 * [4]  # up to 60 s
 
 
 def test_a_gifs_last_picture_lasts_as_long_as_it_says(tmp_path):
@@ -411,8 +411,8 @@ def test_a_recording_that_begins_within_a_group_stands_at_its_first_whole_pictur
 def test_mpeg_ps_is_read_whole_and_cut(tmp_path):
     times = [k / 25 for k in range(100)]
     path = write_video(tmp_path / "a.mpg", times, codec="mpeg2video", container="mpeg", unit=25, bf="2")
-    every = [round(12.5 * k) for k in range(8)]
-    assert np.array_equal(np.abs(np.array(shown(read_video(path))) * 0 + every), every)
+    greys = np.array([0, 12, 25, 37, 50, 62, 75, 87]) % 41  # as `write_video` paints them
+    assert abs(shown(read_video(path)) - greys).max() <= 2
     assert read_video(path).times.tolist() == pytest.approx(np.arange(8) / 2, abs=0.021)
     assert read_video(path, start=1.0, end=3.0).times.tolist() == pytest.approx([1, 1.5, 2, 2.5], abs=0.021)
 
@@ -445,7 +445,7 @@ def test_a_file_without_pictures_says_so(tmp_path):
     (270, 480, 240, (112, 196), 3360),   # 120 s: 120 grids of 4 x 7
     (360, 640, 300, (84, 168), 2700),
     (360, 640, 768, (84, 140), 5760),    # beyond 448 frames 16 tokens a grid may exceed the budget
-    (1080, 1920, 300, (84, 196), 3150),  # 18,732.37 pixels a frame: the fraction is not cut off
+    (675, 1792, 300, (84, 196), 3150),   # 18,732.37 pixels a frame: the fraction is not cut off
     (1080, 1920, 2, (560, 1008), 720),   # one frame never holds more than 768 tokens
     (40, 60, 2, (112, 140), 20),         # and a small one is enlarged to 16
     (90, 120, 400, (84, 112), 2400),     # unless the budget forbids
