@@ -24,6 +24,7 @@ from engine.clips import Item
 from engine.prompts import MERGE, encode_prompt, patchify, position_ids
 from engine.runtime import say
 from engine.settings import UserError, check_limits, flag
+from engine.verbs import count_coverage
 from engine.video import MAX_FRAME_PIXELS, MAX_PIXELS, MIN_FRAME_PIXELS, Clip, VideoError
 from engine.video import read_video as read_video
 
@@ -38,8 +39,8 @@ class Settings:
 
     model: str = flag("Qwen/Qwen2.5-VL-3B-Instruct", "hub id, checkpoint folder, or a run's --output (its newest "
                       "checkpoint); Section 3.1")
-    annotations: str = flag("data/charades_sta_train.txt", "rows to use: Charades-STA txt, Charades or ActivityNet "
-                            "JSON, QVHighlights jsonl, Time-R1 or TVGBench list")
+    annotations: str = flag("data/charades_sta_train.txt", "rows to use: Charades-STA txt; Charades, ActivityNet, "
+                            "TACoS or TimeLens JSON; QVHighlights jsonl; Time-R1 or TVGBench list")
     videos: str = flag("data/videos", "folder of the video files")
     output: str = flag("runs/invert4tvg", "folder for everything this run writes", free=True)
     single_window: bool = flag(False, "QVHighlights: keep only queries with exactly one relevant window")
@@ -125,6 +126,8 @@ def load_training(settings) -> tuple[list[Sample], None, None]:
         samples = timed
     if not samples:
         raise UserError(f"{settings.annotations}: no row is left to train on.")
+    if getattr(settings, "p", 0) < 1:  # else all queries train grounding alone
+        say(f"{settings.annotations}: {count_coverage(sample.query for sample in samples)}")
     return samples, None, None
 
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.verbs import cosine_similarity, mask_queries, mask_verbs, root, verbs
+from engine.verbs import cosine_similarity, looks_english, mask_queries, mask_verbs, root, verbs
 
 Span = tuple[float, float]  # start and end in seconds
 
@@ -133,9 +133,12 @@ def is_too_long(answer: str) -> bool:
 
 
 def has_verb(query: str) -> bool:
-    """Queries without a verb are never used for inversion; if one is scored anyway, it gets 0."""
+    """Whether a query has a verb, and is English: spaCy's English model takes "die" of "öffnet die tür" for one.
+
+    Other queries are never used for inversion; if one without a verb is scored anyway, it gets 0.
+    """
     _, gold = mask_verbs(query)
-    return bool(gold)
+    return bool(gold) and looks_english(query)
 
 
 # ------------------------------------------------------------------------------------------------ the table of tasks
