@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.annotations import (
+    VIDEO_SUFFIXES,
     Demonstration,
     Sample,
     _video_finder,
@@ -18,9 +20,9 @@ from engine.annotations import (
     load_annotations,
     load_demonstrations,
     missing_videos,
-    normalize_query,
     prepare_training,
 )
+from engine.text import normalize_query
 
 ROWS = Path(__file__).parent / "data"
 TASKS = ("tvg", "vc", "ar", "vd")
@@ -123,6 +125,13 @@ MALFORMED = {
     ' {"path": "a.mp4", "question": "a", "answer": "soon"}]': "item 1",
     '[{"video": "a.mp4", "sentence": "a"}]': "item 0",
     "[5]": "item 0",
+    '[["a", 9, [0, 1], "a"], ["a", 9, [0, 1], "a", 1]]': "item 1",
+    '{"BAD01": {"timestamps": [[0, 1]], "sentences": ["a"], "fps": 0, "num_frames": 9}}': "key 'BAD01'",
+    '{"BAD01": {"timestamps": [[0, 1]], "sentences": ["a"], "fps": 25}}': "key 'BAD01'",
+    '{"BAD01": {"duration": 9, "spans": [[0, 1]], "queries": ["a", "b"]}}': "key 'BAD01'",
+    '{"BAD01": {"duration": 1%s, "timestamps": [[0, 1]], "sentences": ["a"]}}' % ("0" * 400): "key 'BAD01'",
+    "AO8RW 0.0 6.9##3.4##a door##a window.": "line 1",
+    "[" * 100_000: "line 1",
 }
 
 
@@ -130,8 +139,86 @@ MALFORMED = {
 def test_a_malformed_row_is_refused_by_file_and_place(text, tmp_path):
     path = tmp_path / "rows"
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"rows, {MALFORMED[text]}:"):
+    with pytest.raises(ValueError, match=f"rows, {MALFORMED[text]}:") as error:
         load_annotations(path, "v")
+    assert not PYTHONS_WORDS.search(str(error.value))
+
+
+# What files in other formats are called; the files are as their tools write them.
+FOREIGN = {
+    '[{"id": 1, "clip": "a", "caption": "b"}]': "a JSON list of objects with the keys id, clip, caption",
+    '{"info": {}, "images": [], "annotations": []}': "a JSON object with the keys info, images, annotations",
+    '{"a": {"subset": "val", "url": "x"}}': "a JSON object of objects with the keys subset, url",
+    '{"id": 1, "clip": "a"}\n{"id": 2, "clip": "b"}': "JSON lines of objects with the keys id, clip",
+    "video,start,end,query\na,0,1,a door": 'a CSV header ("video,start,end,query")',
+    "a\t0.0\t1.5\ta door": 'a CSV row ("a 0.0 1.5 a door")',
+    "WEBVTT\n\n00:01.000 --> 00:04.000\nA door.": 'text that begins with "WEBVTT"',
+    "[[1, 2], [3, 4]]": "a JSON list of lists",
+    "[5]": "a JSON list of single values",
+    json.dumps([dict.fromkeys("abcdefghij")]): "a JSON list of objects with the keys a, b, c, d, e, f, g, h, ...",
+}
+PYTHONS_WORDS = re.compile("object has no|unpack|not subscriptable|NoneType|convert string|argument|indices|Error")
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_a_file_in_another_format_is_refused_by_what_it_holds(text, tmp_path):
+    (tmp_path / "rows").write_text(text)
+    with pytest.raises(ValueError, match="read are Charades-STA txt .*TACoS") as error:
+        load_annotations(tmp_path / "rows", "v")
+    sentence = str(error.value)
+    assert f"holds {FOREIGN[text]}, which is no format" in sentence
+    assert sentence.count("\n") == 0 and not PYTHONS_WORDS.search(sentence)
+
+
+OTHERS = {
+    "tacos": ({"s30-d52.avi": {"timestamps": [[141, 354], [0, 588]], "sentences": ["He takes a knife.", "He cuts."],
+                               "fps": 29.4, "num_frames": 1470}},
+              [("s30-d52.avi", "knife", 141 / 29.4, 354 / 29.4, 50), ("s30-d52.avi", "cuts", 0, 20, 50)]),
+    "timelens": ({"AO8RW": {"duration": 33.75, "spans": [[0.0, 6.9]], "queries": ["a door."]}},
+                 [("AO8RW.mp4", "door", 0, 6.9, 33.75)]),
+    "lists": ([["AO8RW", 33.75, [0.0, 6.9], "a door."], ["Y6R7T", 29.46, [1, 2], "a phone."]],
+              [("AO8RW.mp4", "door", 0, 6.9, 33.75), ("Y6R7T.mp4", "phone", 1, 2, 29.46)]),
+    "captions with frames noted": ({"a": {"duration": 9, "timestamps": [[0, 1]], "sentences": ["a"], "fps": 25,
+                                          "num_frames": 225}}, [("a.mp4", "a", 0, 1, 9)]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_benchmarks_are_read_in_seconds(name, tmp_path):
+    document, expected = OTHERS[name]
+    (tmp_path / "rows").write_text(json.dumps(document))
+    for got, wanted in zip(brief(load_annotations(tmp_path / "rows", "v")), expected, strict=True):
+        assert got[:2] == wanted[:2] and got[2:] == pytest.approx(wanted[2:])
+
+
+def test_a_glance_is_no_part_of_the_sentence(tmp_path):
+    (tmp_path / "rows").write_text("3MSZA 24.3 30.4##25.4##person turn a light on.\n3MSZA 0 1##5 men run.\n")
+    assert [s.query for s in load_annotations(tmp_path / "rows", "v")] == ["person turn a light on", "5 men run"]
+
+
+def test_json_lines_hold_any_kind_of_row(tmp_path):
+    rows = [["a", 9, [0, 1], "a door"], {"video": "b", "timestamp": [0, 1], "sentence": "a lamp"}]
+    (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)))
+    assert [s.query for s in load_annotations(tmp_path / "rows", "v")] == ["a door", "a lamp"]
+
+
+@pytest.mark.parametrize("late, rows, refused", [(3, 5, True), (2, 3, False), (3, 6, False), (4, 6, True)])
+def test_times_that_most_videos_do_not_have_are_taken_for_frames(late, rows, refused, tmp_path):
+    document = [[f"v{n}", 30, [0, 31.1 if n < late else 31.0], "a door"] for n in range(rows)]
+    (tmp_path / "rows").write_text(json.dumps(document))
+    if refused:
+        with pytest.raises(ValueError, match=f"rows: {late} of {rows} rows .*look like frames, not seconds"):
+            load_annotations(tmp_path / "rows", "v")
+    else:
+        assert len(load_annotations(tmp_path / "rows", "v")) == rows
+
+
+def test_a_lone_surrogate_is_replaced_at_loading(tmp_path):
+    (tmp_path / "rows").write_text('[["a", 9, [0, 1], "a \\ud83d door"]]')
+    assert load_annotations(tmp_path / "rows", "v")[0].query == "a ? door"
+    (tmp_path / "sft").write_text(json.dumps(DEMONSTRATION | {"completion": "\ud83d", "query": "\ude00"}))
+    [demonstration] = load_demonstrations(tmp_path / "sft", "v", TASKS)
+    assert (demonstration.sample.query, demonstration.completion) == ("?", "?")
 
 
 @pytest.mark.parametrize("text", ["", " \n", "[]", "{}"])
@@ -164,6 +251,55 @@ def test_videos_are_found_by_name_whatever_their_suffix(tmp_path):
                        ("x_60.0_210.0.avi", "x_60.0_210.0.webm"), ("./dataset/any/v_1.mp4", "v_1.mp4"),
                        ("C:\\clips\\v_1.mp4", "v_1.mp4"), ("x_60.0", "x_60.0.mp4"), ("gone.webm", "gone.webm")]:
         assert find(name) == str(tmp_path / file)
+
+
+@pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)
+def test_every_suffix_is_known_in_small_and_capital_letters(suffix, tmp_path):
+    for file in (f"a{suffix}", f"b{suffix.upper()}"):
+        (tmp_path / file).touch()
+        find = _video_finder(tmp_path)
+        for name in (file[0], f"{file[0]}.mp4", f"{file[0]}.MKV", file, file[0] + suffix.upper()):
+            assert find(name) == str(tmp_path / file)
+
+
+def test_a_name_that_exists_as_it_stands_is_taken(tmp_path):
+    for file in ("a.mp4", "a.mkv", "a.ogv", "b", "b.mp4"):
+        (tmp_path / file).touch()
+    (tmp_path / "c.mp4").mkdir()
+    (tmp_path / "c.webm").touch()
+    find = _video_finder(tmp_path)
+    for name, file in [("a.mkv", "a.mkv"), ("a.ogv", "a.ogv"), ("a", "a.mp4"), ("a.gif", "a.mp4"), ("b", "b"),
+                       ("c.mp4", "c.webm")]:
+        assert find(name) == str(tmp_path / file)
+
+
+def test_folders_in_a_name_count_inside_the_video_folder_alone(tmp_path):
+    folder = tmp_path / "videos"
+    for file in ("charades/x.mp4", "charades/y.MOV", "x.mp4", "z.mp4", "../secret.mp4", "../other/x.mp4"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    find = _video_finder(folder)
+    for name, file in [("charades/x.mp4", "charades/x.mp4"), ("charades\\x", "charades/x.mp4"),
+                       ("./charades//y.mp4", "charades/y.MOV"), ("charades/z.mp4", "z.mp4"), ("other/x.mp4", "x.mp4"),
+                       ("../secret.mp4", "secret.mp4"), ("../other/x.mp4", "x.mp4"), ("a/../../other/x", "x.mp4"),
+                       (str(tmp_path / "secret.mp4"), "secret.mp4"), ("C:\\other\\x.mp4", "x.mp4"),
+                       ("n" * 300, "n" * 300 + ".mp4"), ("a/\0/x.mp4", "x.mp4")]:
+        assert find(name) == str(folder / file), name
+    assert missing_videos([Sample(find("n" * 300), "q", 0, 1)]) == [find("n" * 300)]
+    for name in ("", "..", "charades/", "/"):
+        with pytest.raises(ValueError, match="is no name"):
+            find(name)
+
+
+def test_the_folder_of_a_video_survives_a_round_trip(tmp_path):
+    (tmp_path / "charades").mkdir()
+    (tmp_path / "charades" / "x.mp4").touch()
+    (tmp_path / "rows").write_text('[["charades/x", 9, [0, 1], "a door"]]')
+    for videos in ("", tmp_path):
+        row = demonstration_row(load_annotations(tmp_path / "rows", videos)[0], "vc", "b")
+        (tmp_path / "sft").write_text(json.dumps(row))
+        [demonstration] = load_demonstrations(tmp_path / "sft", tmp_path, TASKS)
+        assert demonstration.sample.video == str(tmp_path / "charades" / "x.mp4")
 
 
 def test_missing_videos_are_named_once(tmp_path):
@@ -207,6 +343,14 @@ def test_demonstrations_with_the_field_names_of_tvg_r1_are_read(name, tmp_path):
     (tmp_path / "cold.jsonl").write_text(json.dumps(row) + "\n")
     sample = Sample(str(Path("v/AO8RW.mp4")), "a door", 1.0, 2.5, 30.5, "line 1")
     assert load_demonstrations(tmp_path / "cold.jsonl", "v", TASKS) == [Demonstration(sample, "tvg", row[name])]
+
+
+@pytest.mark.parametrize("ending, kept", [
+    ("<|im_end|>", ""), ("<|im_end|>\n", ""), ("\n<|im_end|>\n<|endoftext|>", ""), ("</s>", ""), (" \n", " \n"),
+    ("<|im_end|> b", "<|im_end|> b")])
+def test_an_end_token_is_cut_off(ending, kept, tmp_path):
+    (tmp_path / "sft").write_text(json.dumps(DEMONSTRATION | {"completion": "<answer>a</answer>" + ending}))
+    assert load_demonstrations(tmp_path / "sft", "v", TASKS)[0].completion == "<answer>a</answer>" + kept
 
 
 @pytest.mark.parametrize("change", [{"task": "dance"}, {"task": []}, {"completion": None}, {"completion": 3},

@@ -230,6 +230,19 @@ def test_a_description_holds_the_verb():
     assert vd_reward("", "a person jumps", BINARY) == 0
 
 
+@pytest.mark.parametrize("query", ["person quickly undressing", "person drinking glass", "she waves as she pumps water",
+                                   "person opening box"])
+def test_a_copy_of_the_query_with_a_capital_and_a_full_stop_scores(query):
+    copy = f"{query.capitalize()}."
+    assert vc_reward(copy, query, BINARY) == vd_reward(copy, query, BINARY) == 1
+
+
+def test_queries_in_other_languages_suit_grounding_alone():
+    queries = [DOOR, "öffnet die tür"]
+    assert {task: suitable(task, queries) for task in ("tvg", "vc", "ar", "vd")} == {
+        "tvg": [True, True], "vc": [True, False], "ar": [True, False], "vd": [True, False]}
+
+
 def test_all_or_any_of_several_verbs():
     assert vd_reward("A person laughs", WALK, BINARY) == 0
     assert vd_reward("A person laughs", WALK, Scoring(vd_match="any")) == 1

@@ -3,7 +3,19 @@
 import pytest
 
 import engine.verbs
-from engine.verbs import cosine_similarity, load_spacy, mask_queries, mask_verbs, root, verb_tables, verbs, word_vector
+from engine.verbs import (
+    cosine_similarity,
+    count_coverage,
+    load_spacy,
+    looks_english,
+    mask_queries,
+    mask_verbs,
+    root,
+    tag_words,
+    verb_tables,
+    verbs,
+    word_vector,
+)
 
 DOOR = "person closed the door"
 WALK = "a person walks away and laughs"
@@ -41,6 +53,36 @@ def test_verbs_are_roots_in_order_without_auxiliaries():
 def test_there_is_counts_no_verb():
     assert [t.pos_ for t in load_spacy()("there is a door")][1] == "VERB"  # what makes the rule necessary
     assert verbs("there is a door") == []
+
+
+@pytest.mark.parametrize("query", ["person quickly undressing", "person drinking glass", "she waves as she pumps water",
+                                   "person opening box"])
+def test_an_answer_is_tagged_as_a_query_is(query):
+    gold = mask_verbs(query)[1]
+    raw = [root(word) for word, _, is_verb in tag_words([f"{query.capitalize()}."])[0] if is_verb]
+    assert gold and set(raw) != set(gold)  # what makes the rule necessary
+    assert verbs(f" {query.capitalize()}.\n") == list(gold)
+
+
+ENGLISH = ["person opening box", "a person sneezes", "women ride a jetski together", "person fix thier hair", "tv on",
+           "", "a girl in a café waves", "5 men", "he isn't running", "person watching tv", "person drinks coffee"]
+OTHERS = ["öffnet die tür", "die person öffnet die tür", "ein mann rennt in den raum", "una persona abre la puerta",
+          "un uomo apre la porta", "une personne ouvre la porte", "een man opent de deur", "osoba otwiera drzwi",
+          "человек открывает дверь", "人が扉を開ける", "一个人打开门", "person 人が扉を開ける now", "开门",
+          "व्यक्ति दरवाजा खोलता है", "aadmi darwaza kholta hai", "người đàn ông mở cửa"]
+
+
+def test_english_is_told_from_other_languages():
+    assert [text for text in ENGLISH if not looks_english(text)] == []
+    assert [text for text in OTHERS if looks_english(text)] == []
+    assert looks_english("a \ud83d door")
+
+
+def test_queries_that_cannot_be_inverted_are_counted():
+    counted = count_coverage([DOOR, WALK, "a red door", "öffnet die tür", "一个人打开门", "a red door"])
+    assert mask_verbs("öffnet die tür")[1] == ("die",)  # what makes the count of languages necessary
+    assert counted == (6, 3, 2)
+    assert str(counted) == "3 of 6 queries have no verb; 2 look not English and train grounding alone"
 
 
 def test_mask_blanks_verbs_only():
