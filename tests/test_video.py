@@ -75,6 +75,7 @@ SKIPPED = {
     "transport stream.mp4": B_FRAMES | {"g": "40", "container": "mpegts", "unit": 90000},  # seek(0) passes a group
     "open groups.ts": OPEN | {"unit": 90000},
     "intra refresh.ts": {"preset": "medium", "x264-params": "intra-refresh=1:keyint=20", "unit": 90000},
+    "intra refresh.mp4": {"preset": "medium", "x264-params": "intra-refresh=1:keyint=40"},
     "b-frames.avi": B_FRAMES | {"unit": 10},  # states no presentation times
     "b-frames.asf": B_FRAMES,
     "late.mkv": B_FRAMES | {"g": "40"},
@@ -96,9 +97,10 @@ def test_clips_are_those_of_decoding_every_frame(name, tmp_path):
         stream.codec_context.thread_count = 1
         frames = [(f.dts if f.pts is None else f.pts, f.to_ndarray(format="rgb24", interpolation="BICUBIC"))
                   for f in file.decode(stream)]
-        truth = {stamp * float(stream.time_base) - zero: frame for stamp, frame in frames}
-    if name in ("b-frames.avi", "b-frames.asf"):
-        truth = {k / 10: frame for k, (_, frame) in enumerate(frames)}
+        if name in ("b-frames.avi", "b-frames.asf"):
+            truth = {k / 10: frame for k, (_, frame) in enumerate(frames)}
+        else:
+            truth = {stamp * float(stream.time_base) - zero: frame for stamp, frame in frames}
     assert len(truth) == 120
     times = np.array(list(truth))
     segments = [(None, None), (0, 2), (1.13, 1.2), (4.97, 9.4), (8, 12)]
@@ -415,6 +417,21 @@ def test_mpeg_ps_is_read_whole_and_cut(tmp_path):
     assert abs(shown(read_video(path)) - greys).max() <= 2
     assert read_video(path).times.tolist() == pytest.approx(np.arange(8) / 2, abs=0.021)
     assert read_video(path, start=1.0, end=3.0).times.tolist() == pytest.approx([1, 1.5, 2, 2.5], abs=0.021)
+
+
+def test_times_that_only_some_packets_state_are_spaced_evenly_between(tmp_path):
+    path = write_video(tmp_path / "a.vob", [k / 10 for k in range(60)], unit=90000, picture=moving(60, 56), **B_FRAMES)
+    assert read_video(path).times.tolist() == pytest.approx(np.arange(12) / 2, abs=0.11)
+    assert read_video(path, start=2.0, end=4.0).times.tolist() == pytest.approx([2, 2.5, 3, 3.5], abs=0.11)
+
+
+def test_segments_of_an_intra_refresh_video_are_whole_pictures(tmp_path):
+    options = {"preset": "medium", "x264-params": "intra-refresh=1:keyint=20", "unit": 90000}
+    path = write_video(tmp_path / "a.ts", [k / 10 for k in range(80)], picture=moving(80, 56), **options)
+    whole = read_video(path, min_frame_pixels=1)
+    for k in range(1, 14):
+        part = read_video(path, start=k / 2, end=k / 2 + 1, min_frame_pixels=1)
+        assert torch.equal(part.frames, whole.frames[k:k + 2])
 
 
 def test_a_frame_that_does_not_come_is_an_error_not_another_frame(tmp_path, monkeypatch):
