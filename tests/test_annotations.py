@@ -14,6 +14,7 @@ from engine.annotations import (
     VIDEO_SUFFIXES,
     Demonstration,
     Sample,
+    _name_parts,
     _video_finder,
     append_rollouts,
     demonstration_row,
@@ -128,6 +129,7 @@ MALFORMED = {
     '[["a", 9, [0, 1], "a"], ["a", 9, [0, 1], "a", 1]]': "item 1",
     '{"BAD01": {"timestamps": [[0, 1]], "sentences": ["a"], "fps": 0, "num_frames": 9}}': "key 'BAD01'",
     '{"BAD01": {"timestamps": [[0, 1]], "sentences": ["a"], "fps": 25}}': "key 'BAD01'",
+    '{"BAD01": {"timestamps": [[0, 1]], "sentences": ["a"], "fps": Infinity, "num_frames": 9}}': "key 'BAD01'",
     '{"BAD01": {"duration": 9, "spans": [[0, 1]], "queries": ["a", "b"]}}': "key 'BAD01'",
     '{"BAD01": {"duration": 1%s, "timestamps": [[0, 1]], "sentences": ["a"]}}' % ("0" * 400): "key 'BAD01'",
     "AO8RW 0.0 6.9##3.4##a door##a window.": "line 1",
@@ -275,17 +277,19 @@ def test_a_name_that_exists_as_it_stands_is_taken(tmp_path):
 
 def test_folders_in_a_name_count_inside_the_video_folder_alone(tmp_path):
     folder = tmp_path / "videos"
-    for file in ("charades/x.mp4", "charades/y.MOV", "x.mp4", "z.mp4", "../secret.mp4", "../other/x.mp4"):
+    for file in ("charades/x.mp4", "charades/y.MOV", "x.mp4", "z.mp4", "z2.mkv", "../secret.mp4", "../other/x.mp4"):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).touch()
     find = _video_finder(folder)
     for name, file in [("charades/x.mp4", "charades/x.mp4"), ("charades\\x", "charades/x.mp4"),
-                       ("./charades//y.mp4", "charades/y.MOV"), ("charades/z.mp4", "z.mp4"), ("other/x.mp4", "x.mp4"),
+                       ("./charades//y.mp4", "charades/y.MOV"), ("charades/z2.mp4", "z2.mkv"), ("other/x.mp4", "x.mp4"),
                        ("../secret.mp4", "secret.mp4"), ("../other/x.mp4", "x.mp4"), ("a/../../other/x", "x.mp4"),
                        (str(tmp_path / "secret.mp4"), "secret.mp4"), ("C:\\other\\x.mp4", "x.mp4"),
                        ("n" * 300, "n" * 300 + ".mp4"), ("a/\0/x.mp4", "x.mp4")]:
         assert find(name) == str(folder / file), name
     assert missing_videos([Sample(find("n" * 300), "q", 0, 1)]) == [find("n" * 300)]
+    for name in ("C:\\other\\x.mp4", "/other/x.mp4"):  # of another system too, where "C:" leaves the folder
+        assert _name_parts(name) == ("", "x.mp4")
     for name in ("", "..", "charades/", "/"):
         with pytest.raises(ValueError, match="is no name"):
             find(name)
