@@ -127,12 +127,12 @@ def test_a_signal_to_the_script_reaches_what_runs_and_nothing_stays_behind(tmp_p
     """A program that saves when it is told to stop, under the demo's way of running programs."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import signal, sys, time\n"
+        "import os, signal, sys, time\n"
         "def stop(*_):\n"
-        "    print('saved', flush=True)\n"
+        "    os.write(1, b'saved\\n')\n"
         "    sys.exit(130)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
-        "print('begun', flush=True)\n"
+        "os.write(1, b'begun\\n')\n"
         "time.sleep(60)\n")
     script = tmp_path / "script.sh"
     script.write_text(f"set -eu\nsource {ROOT / 'demo' / 'jobs.sh'}\n"
