@@ -17,11 +17,7 @@ shift
 gpus=${GPUS:-8}
 case $gpus in 1 | 2 | 4 | 8) ;; *) echo "train.sh: GPUS=$gpus; give 1, 2, 4 or 8." >&2; exit 2 ;; esac
 
-# A signal ends what runs, after it has saved, for which torchrun's 30 seconds are too few.
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
-trap 'exit 130' INT
-trap 'exit 143' HUP TERM
-run() { "$@" & wait $!; }
+source demo/jobs.sh  # run: a signal ends what runs, after it has saved, for which torchrun's 30 seconds are too few
 
 # Eight prompts an iteration on any number of GPUs.
 run torchrun --nproc_per_node "$gpus" --shutdown-timeout 1800 invert4tvg.py --model "$model" \

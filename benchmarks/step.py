@@ -458,6 +458,8 @@ def parse_arguments():
         parser.error("--repeats and --threads start at 1.")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here.")
+    if args.device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        parser.error("--device cpu: memory is read from /proc, which Linux alone has.")
     if args.device == "cpu" and args.size in PUBLISHED:
         parser.error(f"--size {args.size} wants --device cuda.")
     if args.curves and not importlib.util.find_spec("matplotlib"):

@@ -8,9 +8,11 @@ seed=0
 case ${1:-} in [0-9]*) seed=$1; shift ;; esac
 out=runs/demo-$seed
 source demo/jobs.sh
+export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=  # one core a process
 
 # A mistyped option must not cost the minutes before it is used.
-python -c 'import sys; import invert4tvg as i; sys.argv[0] = "demo.sh"; i.parse_settings(i.Config, "")' "$@"
+check='import sys; import invert4tvg as i; sys.argv[0] = "demo.sh"; i.parse_settings(i.Config, "")'
+run python -c "$check" @demo/toy.args @demo/grpo.args --annotations "$out/train.txt" "$@"
 
 run bash demo/warm_start.sh "$seed"
 train=(python invert4tvg.py @demo/toy.args --videos "$out/videos" --seed "$seed" --model "$out/warm")

@@ -1,7 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the scripts on the toy. One core a process, and no process that outlives its script: a signal ends the
-# running programs, each of which saves first.
-export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
+# Sourced by the scripts: no process outlives its script. A signal ends the running programs, each of which saves first.
 trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
 trap 'exit 129' HUP
 trap 'exit 130' INT

@@ -12,7 +12,11 @@ with longer reasoning; anchors.jsonl, of which a fifth guesses before it answers
 
 import argparse
 import json
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -73,6 +77,16 @@ def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def end_with_parent():
+    """In a worker: end when the main process does, also when that is killed, and leave Ctrl-C to it."""
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m demo.make_demo", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,7 +108,7 @@ def main(argv=None):
     videos = args.folder / "videos"
     videos.mkdir(parents=True, exist_ok=True)
     rows = {}
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(initializer=end_with_parent) as pool:
         for split, count in splits.items():
             names = [f"{split.upper()}{i:04d}" for i in range(count)]
             actions = 2 if split == "transfer" else 3
@@ -127,3 +141,5 @@ if __name__ == "__main__":
         main()
     except OSError as error:
         sys.exit(f"demo.make_demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

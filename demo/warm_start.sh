@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source demo/jobs.sh
+export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=  # one core a process
 seed=${1:-0}
 out=runs/demo-$seed
 train=(python invert4tvg.py @demo/toy.args --videos "$out/videos" --seed "$seed")

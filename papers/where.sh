@@ -1,9 +1,10 @@
 # shellcheck shell=bash disable=SC2034
 # Sourced by the scripts beside it, with their first argument: a seed of the toy, or charades-3b or charades-7b.
+source demo/jobs.sh
 case ${1:-0} in
     charades-3b | charades-7b)
         gpus=${GPUS:-8}  # 1, 2, 4 or 8: an iteration has eight prompts on any number of GPUs
-        launch=(torchrun --nproc_per_node "$gpus" --shutdown-timeout 1800)
+        launch=(run torchrun --nproc_per_node "$gpus" --shutdown-timeout 1800)
         train=("${launch[@]}" invert4tvg.py --videos data/videos --accumulation $((8 / gpus)))
         evaluate=("${launch[@]}" evaluate.py --videos data/videos --micro-batch 8)
         out=runs/$1 rows=data/charades_sta_train.txt test=data/charades_sta_test.txt rows_kept=2500
@@ -15,7 +16,7 @@ case ${1:-0} in
         exit 2 ;;
     *)
         out=runs/demo-${1:-0} base=$out/warm rows=$out/train.txt test=$out/test.txt rows_kept=1000
-        source demo/jobs.sh
+        export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
         train=(run python invert4tvg.py @demo/toy.args @demo/grpo.args --videos "$out/videos" --seed "${1:-0}")
         evaluate=(run python evaluate.py --videos "$out/videos" --workers 1 --micro-batch 128)
         long=(--iterations 700) half=(--iterations 250) short=(--iterations 60) sft=(--iterations 400 --lr 1e-3)
