@@ -14,10 +14,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import data
-import evaluate
-import rewards
-
 ROWS = {
     "warm": "warm start (supervised, short on purpose)",
     "grpo": "+ GRPO with inversion, p = 0.8",
@@ -50,6 +46,10 @@ def line(label, spent, metrics, columns):
 
 def constant_guess(folder):
     """The one segment, on a half-second grid, and the one verb that do best on the training rows -> test metrics."""
+    import data  # not above: to count iterations takes seconds less without these
+    import evaluate
+    import rewards
+
     train = data.load_annotations(folder / "train.txt", folder)
     test = data.load_annotations(folder / "test.txt", folder)
     grid = [i / 2 for i in range(25)]
