@@ -54,6 +54,8 @@ class Settings:
     max_new_tokens: int = flag(1024, "most tokens of a completion; released code", above=0)
     inversion_format: str = flag("think", "format of VC, AR and VD answers: think and answer (Eq. 9, 11), or answer "
                                  "alone (released code)", choices=tuple(rewards.FORMATS))
+    tvg_format: str = flag("think", "format of grounding's answers: think and answer (Eq. 9), or answer alone",
+                           choices=tuple(rewards.FORMATS))
     tvg_reward: str = flag("iou", "what grounding is asked for and rewarded with: IoU (Eq. 10), or another paper's "
                            "(papers/README.md)", choices=tuple(papers.rewards.GROUNDINGS))
     reward_weights: tuple = flag((), "NAME=NUMBER weights of another paper's reward, such as anchor_weight=0")
@@ -71,7 +73,7 @@ class Settings:
 
     def grounding(self) -> rewards.Grounding:
         """What grounding is asked for and rewarded with."""
-        return papers.rewards.grounding(self.tvg_reward, self.reward_weights)
+        return papers.rewards.grounding(self.tvg_reward, self.reward_weights, self.tvg_format)
 
     def scoring(self) -> dict:
         """The settings of `rewards.score` with which answers are measured."""
@@ -86,7 +88,7 @@ class Settings:
         try:
             self.grounding()
         except ValueError as error:
-            raise UserError(f"--reward-weights {' '.join(self.reward_weights)}: {error}") from error
+            raise UserError(str(error)) from error
 
 
 # ------------------------------------------------------------------------------------------------ samples

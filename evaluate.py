@@ -237,7 +237,7 @@ def print_comparison(settings, samples):
 # What a checkpoint should be evaluated with as it was trained. vd_match is not among these: it says what counts as
 # right, for every model alike.
 TRAINED_WITH = ("fps", "max_pixels", "min_frame_pixels", "max_frame_pixels", "max_new_tokens", "inversion_format",
-                "tvg_reward")
+                "tvg_format", "tvg_reward")
 
 
 def trained_with(settings: EvalSettings) -> dict:

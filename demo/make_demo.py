@@ -6,7 +6,8 @@ writes videos/*.mp4 (one coloured shape performs three actions, with pauses), tr
 (Charades-STA's "VID start end##sentence"), transfer.json (ActivityNet's format; other videos, of two actions),
 demonstrations, and model/ (a random Hugging Face checkpoint of half a million parameters with tokenizer and chat
 template). The demonstrations: warmup-1.jsonl and warmup-2.jsonl, for a warm start that is short on purpose and in which
-four of the ten verbs are rare; lists.jsonl, in TVG-R1's field names and answer format, and cold-start.jsonl, half of it
+four of the ten verbs are rare, and the same without thinking in grounding as answer-1.jsonl and answer-2.jsonl (for
+--tvg-format answer); lists.jsonl, in TVG-R1's field names and answer format, and cold-start.jsonl, half of it
 with longer reasoning; anchors.jsonl, of which a fifth guesses before it answers, as a base for TAR-TVG.
 """
 
@@ -31,8 +32,11 @@ RARE_SHARE = 0.05  # of their samples that the warm start shows
 ANCHOR_SHARE = 0.2  # of anchors.jsonl: completions with anchors, which are guesses
 
 
-def write_demonstrations(path, rows, tvg_copies, inversions, rng):
-    """Demonstrations for `tvg_copies` TVG rows and `inversions` of the three inversion rows a sample."""
+def write_demonstrations(folder, number, rows, tvg_copies, inversions, rng):
+    """Demonstrations for `tvg_copies` TVG rows and `inversions` of the three inversion rows a sample.
+
+    warmup-<number>.jsonl thinks in all tasks, answer-<number>.jsonl only in inversions.
+    """
     lines = []
     for name, start, end, sentence, _ in rows:
         query = sentence.rstrip(".")
@@ -44,7 +48,11 @@ def write_demonstrations(path, rows, tvg_copies, inversions, rng):
             completion = f"<think> {query} </think> <answer> {answers[task]} </answer>"
             lines.append({"video": name, "query": sentence, "start": start, "end": end, "task": str(task),
                           "completion": completion})
-    write_lines(path, lines)
+    write_lines(folder / f"warmup-{number}.jsonl", lines)
+    for line in lines:
+        if line["task"] == "tvg":
+            line["completion"] = line["completion"][line["completion"].index("<answer>"):]
+    write_lines(folder / f"answer-{number}.jsonl", lines)
 
 
 def write_cold_start(path, rows, long_share, rng):
@@ -123,8 +131,8 @@ def main(argv=None):
                 (args.folder / f"{split}.txt").write_text("".join(
                     f"{name} {start} {end}##{sentence}\n" for name, start, end, sentence, _ in rows[split]))
     rng = np.random.default_rng(args.seed)
-    write_demonstrations(args.folder / "warmup-1.jsonl", rows["train"], tvg_copies=1, inversions=3, rng=rng)
-    write_demonstrations(args.folder / "warmup-2.jsonl", rows["train"], tvg_copies=4, inversions=1, rng=rng)
+    write_demonstrations(args.folder, 1, rows["train"], tvg_copies=1, inversions=3, rng=rng)
+    write_demonstrations(args.folder, 2, rows["train"], tvg_copies=4, inversions=1, rng=rng)
     write_cold_start(args.folder / "lists.jsonl", rows["train"], 0.0, rng)
     write_cold_start(args.folder / "cold-start.jsonl", rows["train"], 0.5, rng)
     write_anchors(args.folder / "anchors.jsonl", rows["train"], rng)

@@ -10,6 +10,7 @@ of TAR-TVG's and TVG-R1's prompts is ours: neither is public.
 """
 
 import functools
+import math
 import re
 
 import rewards
@@ -131,19 +132,28 @@ GROUNDINGS = {
 WEIGHTS = {"anchors": ("anchor_weight", "progress_weight")}  # what --reward-weights may set, by reward
 
 
-def grounding(name: str, weights: tuple[str, ...] = ()) -> Grounding:
+def grounding(name: str, weights: tuple[str, ...] = (), answer_format: str = "think") -> Grounding:
     """Look up a reward; `weights` are "NAME=NUMBER" settings of it, such as "anchor_weight=0" of "anchors".
 
-    Raises ValueError for a weight that the reward does not have.
+    `answer_format` is a key of rewards.FORMATS. Raises ValueError for a weight that the reward does not have, and for
+    an answer without thinking where the reward's paper lays down a format of its own.
     """
+    found = GROUNDINGS[name]
+    if answer_format != "think":
+        if found.format is not rewards.IOU.format:
+            raise ValueError(f"--tvg-format {answer_format} does not go with --tvg-reward {name}, whose paper has a "
+                             "format of its own; leave one of them out.")
+        found = found._replace(format=rewards.FORMATS[answer_format])
     values = {}
     for weight in weights:
         key, _, number = weight.partition("=")
         if key not in WEIGHTS.get(name, ()):
             known = " and ".join(WEIGHTS.get(name, ())) or "none"
-            raise ValueError(f"{key} is no weight of the reward {name}, which has {known}.")
-        values[key] = float(number)
+            raise ValueError(f"--reward-weights {weight}: {key} is no weight of the reward {name}, which has {known}.")
+        try:
+            values[key] = float(number)
+        except ValueError:
+            values[key] = math.nan
         if not 0 <= values[key] < float("inf"):
-            raise ValueError(f"{key} is {number}; a weight is a finite number from 0.")
-    found = GROUNDINGS[name]
+            raise ValueError(f"--reward-weights {weight}: {key} is {number!r}; a weight is a finite number from 0.")
     return found._replace(reward=functools.partial(found.reward, **values)) if values else found

@@ -336,7 +336,8 @@ def test_rows_that_are_alike_are_sampled_with_noise_of_their_own(settings):
 
 def test_all_that_shapes_what_a_model_sees_and_writes_comes_from_its_checkpoint(trained):
     used_to = {"fps": 1.0, "max_pixels": 400_000, "min_frame_pixels": 784, "max_frame_pixels": 50_176,
-               "max_new_tokens": 40, "inversion_format": "answer", "tvg_reward": "anchors"}
+               "max_new_tokens": 40, "inversion_format": "answer", "tvg_format": "answer",
+               "tvg_reward": "timestamp_iou"}
     record = trained / "checkpoint-000002" / "run.json"
     state = json.loads(record.read_text(encoding="utf-8"))
     state["config"] |= used_to

@@ -39,12 +39,25 @@ def test_weights_are_looked_up_by_name():
 @pytest.mark.parametrize("name, weight, words", [
     ("iou", "anchor_weight=1", "anchor_weight is no weight of the reward iou, which has none"),
     ("anchors", "iou_weight=1", "has anchor_weight and progress_weight"),
-    ("anchors", "anchor_weight", "could not convert"),
+    ("anchors", "anchor_weight", "anchor_weight is ''; a weight is a finite number from 0"),
     ("anchors", "anchor_weight=-1", "finite number from 0"), ("anchors", "anchor_weight=inf", "finite number from 0"),
     ("anchors", "anchor_weight=nan", "finite number from 0"), ("anchors", "anchor_weight=x", "x")])
 def test_a_weight_that_is_none_is_refused(name, weight, words):
     with pytest.raises(ValueError, match=words):
         grounding(name, (weight,))
+
+
+def test_grounding_without_thinking_is_the_same_reward_in_another_format():
+    for name in ("iou", "timestamp_iou"):
+        thinks, answers = grounding(name), grounding(name, (), "answer")
+        assert answers.format == rewards.FORMATS["answer"] and answers._replace(format=thinks.format) == thinks
+
+
+@pytest.mark.parametrize("name", ["anchors", "tvg_r1"])
+def test_a_paper_with_a_format_of_its_own_takes_no_other(name):
+    with pytest.raises(ValueError, match=f"--tvg-format answer does not go with --tvg-reward {name}"):
+        grounding(name, (), "answer")
+    assert grounding(name, (), "think") == GROUNDINGS[name]
 
 
 @pytest.mark.parametrize("name", GROUNDINGS)

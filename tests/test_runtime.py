@@ -40,8 +40,10 @@ from invert4tvg import Config
     (["--betas", "0.9"], "--betas is 0.9;"), (["--betas", "0.9", "1.0"], "--betas is 0.9 1.0;"),
     (["--reward-weights", "anchor_weight=2"], "no weight of the reward iou"),
     (["--tvg-reward", "anchors", "--reward-weights", "anchor_weight=-1"], "--reward-weights anchor_weight=-1"),
-    (["--tvg-reward", "giou"], "'giou'"), (["--inversion-format", "thinking"], "'thinking'"),
-    (["--inversion-reward", "cos"], "'cos'"), (["--vd-match", "some"], "'some'"), (["--resume"], "--resume"),
+    (["--tvg-format", "answer", "--tvg-reward", "tvg_r1"], "--tvg-format answer does not go with --tvg-reward tvg_r1"),
+    (["--tvg-reward", "giou"], "'giou'"), (["--tvg-format", "none"], "'none'"),
+    (["--inversion-format", "thinking"], "'thinking'"), (["--inversion-reward", "cos"], "'cos'"),
+    (["--vd-match", "some"], "'some'"), (["--resume"], "--resume"),
     (["--lr", "nan"], "--lr is nan; it must be a finite number"), (["@none.args"], "none.args")])
 def test_a_wrong_option_is_one_sentence(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -69,6 +69,20 @@ def test_the_demos_options_go_to_both_grpo_runs_and_are_checked_before_the_first
     assert status != 0 and len(calls) == 1
 
 
+def test_thinking_is_compared_from_two_warm_starts_of_matching_demonstrations(run):
+    status, message, calls = run("demo/thinking.sh", "3")
+    assert status == 0, message
+    trained = [call for call in calls if "invert4tvg.py" in call]
+    assert outputs(calls, "invert4tvg.py") == ["sees", "warm", "sees-answer", "warm-answer", "grpo", "grpo-answer"]
+    for call in trained:
+        answers = "--tvg-format answer" in call
+        assert call.endswith("-answer") == answers
+        if "--demonstrations" in call:
+            assert ("/answer-" in call.split("--demonstrations ")[1].split()[0]) == answers
+    measured = [call for call in calls if "evaluate.py" in call]
+    assert len(measured) == 4 and not any("--tvg-format" in call for call in measured)  # the checkpoints tell it
+
+
 @pytest.mark.parametrize("failing", ["runs/demo-0/warm", "runs/demo-0/tvg-only", "runs/demo-0/grpo-test"])
 def test_a_stage_that_fails_ends_the_demo(run, failing):
     status, message, calls = run("train.sh", "demo", FAIL=f"--output {failing}")

@@ -49,6 +49,8 @@ FOLLOWED = [  # task, answer, options, its reward without them and with them, wh
     ("vd", reply("he runs"), ["--vd-match", "any"], 1, 2, "then provide the description"),
     ("vd", reply("he runs and laughs"), ["--vd-verb-cap", 1], 2, 1, "then provide the description"),
     ("ar", "<answer>runs</answer>", ["--inversion-format", "answer"], 1, 2, "\nProvide the verb"),
+    ("tvg", "<answer>1 to 2</answer>", ["--tvg-format", "answer"], 0.5, 1.5, "\nProvide the start and end times"),
+    ("tvg", reply("1 to 2"), ["--tvg-format", "answer"], 1.5, 0.5, "\nProvide the start and end times"),
     ("tvg", "<think>a</think><time>[1, 2]</time>", ["--tvg-reward", "tvg_r1"], 0, 0.1 + 0.9 * 0.5, "<time>"),
     ("tvg", reply("1 to 2"), ["--tvg-reward", "timestamp_iou"], 1.5, 1 + 0.5 * (1 - 1 / 5), "<answer>"),
     # 1 for the format, 1 for the answer, and twice the anchors' 1/3 * 1/2 + 2/3 * 2/3 and 3 for rising

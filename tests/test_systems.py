@@ -41,6 +41,19 @@ def measure(folder, name, *argv):
     return json.loads((folder / name / "metrics.json").read_text())
 
 
+def test_the_demonstrations_without_thinking_are_the_same_rows(demo):
+    for number in (1, 2):
+        thinks, answers = ([json.loads(line) for line in (demo / f"{name}-{number}.jsonl").read_text().splitlines()]
+                           for name in ("warmup", "answer"))
+        assert len(thinks) == len(answers) > 0
+        for a, b in zip(thinks, answers):
+            assert a | {"completion": ""} == b | {"completion": ""}
+            thought, answer = a["completion"].split(" <answer>")
+            assert thought.startswith("<think>")
+            assert b["completion"] == (f"<answer>{answer}" if a["task"] == "tvg" else a["completion"])
+
+
+
 def stage(*argv):
     stages.main(stages.parse(list(map(str, argv))))
 
