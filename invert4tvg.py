@@ -22,7 +22,6 @@ command goes on with an interrupted run.
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -33,10 +32,10 @@ import evaluate
 import grpo
 import rewards
 from engine import checkpoints
-from engine.annotations import append_rollouts
 from engine.clips import Clips, Item, read_ahead
 from engine.optimizer import data_parallel, sharded_adamw
 from engine.prompts import completion_texts, encode_completions
+from engine.rollouts import append_rollouts
 from engine.runtime import Log, StopSignal, combine, group_metrics, launch, random_generator, say
 from engine.settings import UserError, flag, parse_settings
 
@@ -91,8 +90,9 @@ class Config(data.Settings):
     save_every: int = flag(500, "iterations between checkpoints; one is written at the end in any case", above=0,
                            free=True)
     keep: int = flag(2, "checkpoints kept", above=0, free=True)
-    save_rollouts: bool = flag(False, "append every completion and its rewards to rollouts.<rank>.jsonl, which "
-                               "papers/stages.py reads", unless="demonstrations")
+    save_rollouts: int = flag(50, "iterations between those whose completions are kept in rollouts.<rank>.jsonl, for "
+                              "`python -m report`; 0: none; papers/stages.py needs 1", least=0,
+                              unless="demonstrations")
     eval_every: int = flag(0, "iterations between evaluations on held-out samples (Figure 1, right); 0: none", least=0)
     eval_annotations: str = flag("data/charades_sta_test.txt", "held-out rows", needs="eval_every")
     eval_videos: str = flag("", "their videos; empty: --videos", needs="eval_every")
@@ -176,12 +176,11 @@ def grpo_iteration(run: Run, iteration: int, items: list[Item], lr: float) -> di
     scores = [rewards.score(task, text, samples[n // G], **settings) for n, text in enumerate(texts)]  # lines 8, 13
     totals = torch.tensor([s["total"] for s in scores], device=run.model.device).view(-1, G)  # (prompts, G)
     advantages = grpo.group_advantages(totals).flatten()  # Eq. 3
-    if config.save_rollouts:
-        file = Path(config.output) / f"rollouts.{dist.get_rank()}.jsonl"
-        append_rollouts(file, iteration, task, samples, texts, scores)
 
     frozen_features = None if config.train_vision else features  # a trained tower runs inside the policy's pass
     batches = micro_batches(run, prompts, rollout.ids, rollout.mask, frozen_features, advantages, rollout.logps)
+    if config.save_rollouts and iteration % config.save_rollouts == 0:
+        append_rollouts(config.output, iteration, task, samples, texts, scores, rollout.ended.tolist(), batches)
     metrics = group_metrics(task, scores, G)
     metrics["cut_off"] = (~rollout.ended).float().mean().item()
     metrics["rollout_seconds"] = time.perf_counter() - began

@@ -140,18 +140,6 @@ def demonstration_row(sample, task, completion):
             "task": task, "completion": completion}
 
 
-def append_rollouts(path, iteration, task, samples, texts, scores):
-    """Append sampled completions and their rewards to a jsonl, in the fields of a demonstration.
-
-    The completions come sample by sample, equally many of each. papers/stages.py selects among them.
-    """
-    per_sample = len(texts) // len(samples)
-    with open(path, "a", encoding="utf-8") as file:
-        for n, (text, parts) in enumerate(zip(texts, scores)):
-            row = demonstration_row(samples[n // per_sample], task, text)
-            file.write(json.dumps({"iteration": iteration} | row | {"parts": parts}) + "\n")
-
-
 def missing_videos(samples):
     """-> the sorted paths of `samples` that are no files."""
     return sorted(video for video in {s.video for s in samples} if not os.path.isfile(video))

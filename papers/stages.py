@@ -8,7 +8,7 @@
 invert-sft  Invert4TVG, Appendix D: the ground-truth clip -> its query, for `invert4tvg.py --demonstrations DEMOS.jsonl
             --inversion-format answer`
 longest     TVG-R1: of a cold start's completions, the longer ones, which its authors found better
-anchors     TAR-TVG: of the completions that `invert4tvg.py --save-rollouts` wrote to FOLDER, those worth imitating
+anchors     TAR-TVG: of the completions that `invert4tvg.py --save-rollouts 1` wrote to FOLDER, those worth imitating
 difficulty  TVG-R1 and Time-R1: of an annotation file's rows, those whose mean IoU in `evaluate.py --tasks tvg --output
             FOLDER` (greedy, or --samples k) lies in a band; writes Time-R1's format, which `--annotations` reads
 """
@@ -126,7 +126,7 @@ def read_rollouts(folder):
     """The lines of rollouts.*.jsonl; one that an interruption cut off is left out."""
     files = sorted(Path(folder).glob("rollouts.*.jsonl"))
     if not files:
-        raise UserError(f"--rollouts {folder}: holds no rollouts.*.jsonl; train with --save-rollouts first.")
+        raise UserError(f"--rollouts {folder}: holds no rollouts.*.jsonl; train with --save-rollouts 1 first.")
     rows = []
     for path in files:
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
@@ -231,7 +231,7 @@ def parse(argv=None):
                                help="QVHighlights: only queries with exactly one relevant window")
     add["longest"].add_argument("--demonstrations", required=True, help="jsonl, also in TVG-R1's field names")
     add["longest"].add_argument("--share", type=number(float, 1e-9, 1), default=0.5, help="kept, of all [0.5]")
-    add["anchors"].add_argument("--rollouts", required=True, help="the --output of a run with --save-rollouts")
+    add["anchors"].add_argument("--rollouts", required=True, help="the --output of a run with --save-rollouts 1")
     add["anchors"].add_argument("--min-anchors", type=number(int, 2, 4), default=2, help="fewest anchors [2]")
     add["anchors"].add_argument("--min-iou", type=number(float, 0, 1), default=0.5,
                                 help="least IoU of the answer [0.5]")

@@ -11,7 +11,7 @@ if [ -e "$out/anchors.jsonl" ]; then  # the toy's base must learn the prompt; a 
     base=$out/tar-base
 fi
 grpo=("${train[@]}" --annotations "$rows" --p 1)
-"${grpo[@]}" "${half[@]}" --model "$base" "${anchors[@]}" --save-rollouts --output "$out/tar-1"
+"${grpo[@]}" "${half[@]}" --model "$base" "${anchors[@]}" --save-rollouts 1 --output "$out/tar-1"
 python -m papers.stages anchors --rollouts "$out/tar-1" --keep 30000 --output "$out/tar-2.jsonl"
 "${train[@]}" "${sft[@]}" --model "$base" --demonstrations "$out/tar-2.jsonl" "${anchors[@]}" --output "$out/tar-2"
 "${grpo[@]}" "${half[@]}" --model "$out/tar-2" "${anchors[@]}" --output "$out/tar-3"

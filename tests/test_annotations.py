@@ -16,7 +16,6 @@ from engine.annotations import (
     Sample,
     _name_parts,
     _video_finder,
-    append_rollouts,
     demonstration_row,
     load_annotations,
     load_demonstrations,
@@ -380,18 +379,3 @@ def test_a_demonstration_that_is_written_is_read_back():
     sample = Sample("videos/AO8RW.mp4", "a door", 1.0, 2.5, None, "line 1")
     row = demonstration_row(sample, "vc", "<answer>..</answer>")
     assert row == DEMONSTRATION | {"query": "a door"}
-
-
-def test_rollouts_are_demonstrations_with_their_iteration_and_parts(tmp_path):
-    path = tmp_path / "rollouts.0.jsonl"
-    samples = [Sample(str(tmp_path / f"{name}.mp4"), name, 1.0, 2.5) for name in ("a", "b")]
-    append_rollouts(path, 0, "vd", samples[:1], ["x", "y"], [{"total": 1.0}, {"total": 2.0}])
-    append_rollouts(path, 1, "vc", samples, list("xyzxyz"), [{"total": float(n)} for n in range(6)])
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [0] * 2 + [1] * 6
-    assert [line["parts"]["total"] for line in lines] == [1, 2, 0, 1, 2, 3, 4, 5]
-    back = load_demonstrations(path, tmp_path, TASKS)
-    assert [(d.sample.query, d.task, d.completion) for d in back] == (
-        [("a", "vd", text) for text in "xy"] + [("a", "vc", text) for text in "xyz"]
-        + [("b", "vc", text) for text in "xyz"])
-    assert all(Path(d.sample.video).parent == tmp_path for d in back)

@@ -34,6 +34,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import data
 import rewards
+from engine.annotations import load_demonstrations
 from engine.checkpoints import newest_checkpoint
 from engine.prompts import encode_prompt, patchify, position_ids
 from engine.runtime import combine
@@ -45,7 +46,7 @@ def two_videos(folder, checkpoint, rows):
     config = make_config(folder, checkpoint)
     write_video(folder / "videos" / "BBB.mp4", [i / 5 for i in range(25)], size=(56, 56), g="5")
     (folder / "train.txt").write_text("".join(f"{row}.\n" for row in rows))
-    return dataclasses.replace(config, p=1.0, min_frame_pixels=784, max_new_tokens=60, save_rollouts=True)
+    return dataclasses.replace(config, p=1.0, min_frame_pixels=784, max_new_tokens=60, save_rollouts=1)
 
 
 @pytest.fixture()
@@ -53,7 +54,7 @@ def quick(tmp_path, checkpoint):
     """Grounding on four rows, one iteration without a reference."""
     rows = ["AAA 0 2##person opens the door", "BBB 2 4##a person is sitting down", "AAA 1 3##a red lamp",
             "BBB 0 4##the man runs and laughs"]
-    return dataclasses.replace(two_videos(tmp_path, checkpoint, rows), iterations=1, kl_coef=0.0, save_rollouts=False)
+    return dataclasses.replace(two_videos(tmp_path, checkpoint, rows), iterations=1, kl_coef=0.0, save_rollouts=0)
 
 
 # ------------------------------------------------------------------------------------------------ by hand
@@ -87,6 +88,27 @@ def test_each_completion_is_scored_by_its_own_prompt(worked):
     assert [(line["start"], line["end"]) for line in lines] == [(0, 2)] * 4 + [(2, 4)] * 4
     assert [line["parts"]["iou"] for line in lines] == pytest.approx(IOUS)
     assert [line["parts"]["total"] for line in lines] == pytest.approx(TOTALS)
+
+
+def test_kept_completions_say_what_was_cut_off_and_how_far_each_is_from_the_reference(worked):
+    output, calls = worked
+    lines = rollouts_of(output)
+    assert len(lines) == 16 and not any(line["cut_off"] for line in lines)  # 60 tokens are enough
+    assert [line["kl"] for line in lines[:8]] == [0] * 8  # before the first step the policy is the reference
+    for n, line in enumerate(lines[8:]):  # k3 by hand, of the second iteration's two losses
+        call = calls[2 + n // 4]
+        ratio = torch.exp(call["ref_logps"] - call["logps"].detach())[n % 4][call["mask"][n % 4]]
+        assert line["kl"] == pytest.approx(float((ratio - ratio.log() - 1).mean()), rel=1e-3) and line["kl"] > 0
+
+
+def test_every_nth_iterations_completions_are_kept_as_demonstrations(quick):
+    with scripted(*ANSWERS):
+        output = train(quick, iterations=3, save_rollouts=2, max_new_tokens=20, group_size=2)
+    lines = rollouts_of(output)
+    assert [line["iteration"] for line in lines] == [0] * 4 + [2] * 4  # two prompts, two completions
+    assert all(line["cut_off"] and line["kl"] is None for line in lines[:2])  # there is no reference
+    back = load_demonstrations(Path(output) / "rollouts.0.jsonl", quick.videos, rewards.TASKS)
+    assert [d.completion for d in back] == [line["completion"] for line in lines]
 
 
 def test_advantages_compare_the_completions_of_one_prompt(worked):
@@ -289,7 +311,7 @@ def test_the_samplers_own_texts_have_the_probabilities_of_the_training_pass_and_
     texts = []
     for seed in (0, 1):
         output = train(quick, seed=seed, accumulation=1, temperature=0.7, max_new_tokens=8, iterations=2, lr=1e-12,
-                       save_rollouts=True, output=str(tmp_path / f"{seed}"))
+                       save_rollouts=1, output=str(tmp_path / f"{seed}"))
         texts += [line["completion"] for line in rollouts_of(output)]
         assert max(row["sampler_gap_max"] for row in log_of(output)) < 1e-5
     assert len(set(texts)) == len(texts) == 2 * 2 * 3

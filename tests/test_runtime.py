@@ -35,7 +35,7 @@ from invert4tvg import Config
     (["--no-such-option"], "--no-such-option"), (["--inversion-tasks", "vc", "xy"], "'xy'"), (["--mu", "x"], "'x'"),
     (["--min-frame-pixels", "900000"], "--max-frame-pixels"), (["--kl-coef", "-1"], "--kl-coef is -1.0"),
     (["--demonstrations", "d.jsonl", "--annotations", "a.txt"], "--annotations"),
-    (["--demonstrations", "d.jsonl", "--save-rollouts"], "--save-rollouts"),
+    (["--demonstrations", "d.jsonl", "--save-rollouts", "1"], "--save-rollouts"),
     (["--eval-annotations", "a.txt"], "--eval-every"), (["--seed", str(2**70)], f"at most {2**63 - 1}"),
     (["--betas", "0.9"], "--betas is 0.9;"), (["--betas", "0.9", "1.0"], "--betas is 0.9 1.0;"),
     (["--reward-weights", "anchor_weight=2"], "no weight of the reward iou"),
@@ -276,7 +276,7 @@ def test_every_number_is_above_zero_or_may_be_zero():
     least = {f.name for f in numbers if f.metadata["least"] == 0}
     assert above | least == {f.name for f in numbers}
     assert least == {"p", "vd_verb_cap", "clip_epsilon", "kl_coef", "adam_eps", "weight_decay", "iterations", "seed",
-                     "eval_every", "eval_limit", "workers", "samples", "limit"}
+                     "eval_every", "eval_limit", "workers", "samples", "limit", "save_rollouts"}
 
 
 def test_what_is_inherited_is_checked_together_with_what_is_given(capsys):

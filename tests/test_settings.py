@@ -112,8 +112,8 @@ def test_seed_p_and_tasks_reach_the_sampler(words, tmp_path):
     (tmp_path / "rows").write_text("".join(f"AAA {i / 2} {i / 2 + 1}##{query}.\n" for i, query in enumerate(queries)))
     with scripted(reply("runs")):
         output = train(parse(
-            invert4tvg.Config, *words, *TRAINING, "--save-rollouts", "--seed", 3, "--p", 0.3, "--inversion-tasks", "ar",
-            "vd", "--iterations", 8, "--accumulation", 2, "--save-every", 100))
+            invert4tvg.Config, *words, *TRAINING, "--save-rollouts", 1, "--seed", 3, "--p", 0.3, "--inversion-tasks",
+            "ar", "vd", "--iterations", 8, "--accumulation", 2, "--save-every", 100))
     drawn = [(line["query"], line["task"]) for line in rollouts_of(output)[::2]]  # groups of two
     suits = dict.fromkeys(("ar", "vd"), [True] * 6)
     expected = data.TaskSampler(6, suits, prompts=2, p=0.3, seed=3, iterations=8)

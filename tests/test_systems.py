@@ -83,7 +83,7 @@ def test_tar_tvg(demo):
     train(demo, "tar-0", "--model", demo / "warm", "--demonstrations", demo / "anchors.jsonl", *anchors,
           "--iterations", 30, "--lr", 4e-3)
     log = train(demo, "tar-1", "--model", demo / "tar-0", "--annotations", demo / "train.txt", *anchors, "--p", 1,
-                "--iterations", 2, "--save-rollouts")
+                "--iterations", 2, "--save-rollouts", 1)
     for row in log:
         assert row["tvg/total"] == pytest.approx(row["tvg/format"] + row["tvg/soft_iou"] + row["tvg/anchor_reward"])
     rollouts = [json.loads(line) for line in (demo / "tar-1" / "rollouts.0.jsonl").read_text().splitlines()]

@@ -64,7 +64,7 @@ def jobs(tmp_path_factory, checkpoint):
                        "completion": "x" * n} for i, n in enumerate((1, 30, 8, 48))]
     base = dataclasses.replace(
         base, p=1.0, min_frame_pixels=784, max_new_tokens=70, group_size=2, accumulation=2, iterations=1, lr=1e-2,
-        adam_eps=1e-1, max_grad_norm=100.0, save_rollouts=True, keep=9, save_every=1)
+        adam_eps=1e-1, max_grad_norm=100.0, save_rollouts=1, keep=9, save_every=1)
     settings = {
         "completion": dataclasses.replace(base, iterations=0, epochs=2.0),
         "token": dataclasses.replace(base, loss_reduction="token"),
