@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
 
 
 class Prompt(NamedTuple):
@@ -225,16 +224,16 @@ def window_attention(module, query, key, value, attention_mask, scaling, cu_seq_
     return out.transpose(1, 2)[inside].unsqueeze(0), None
 
 
-AttentionInterface.register("group", group_attention)
-# Qwen2_5_VLVisionAttention hands over all windows at once only where the name of the attention holds "flash".
-AttentionInterface.register("window_flash", window_attention)
-
-
 def install_attention(model):
     """Put the attention above into Qwen2.5-VL, and a faster first layer. `checkpoints.load_model` calls this.
 
     What grpo.py does needs it. The model's own forward and `generate` no longer work afterwards.
     """
+    from transformers import AttentionInterface  # not above: a mistyped option should not wait for it
+
+    AttentionInterface.register("group", group_attention)
+    # Qwen2_5_VLVisionAttention hands over all windows at once only where the name of the attention holds "flash".
+    AttentionInterface.register("window_flash", window_attention)
     model.set_attn_implementation({"text_config": "group", "vision_config": "window_flash"})
     first = model.model.visual.patch_embed
     first.forward = types.MethodType(_embed_patches, first)

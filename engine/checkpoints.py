@@ -12,15 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils import cached_file, logging
 
 from engine.attention import install_attention
 from engine.runtime import say
 from engine.settings import UserError, changed_options
-
-logging.disable_progress_bar()  # of files that load in seconds
 
 
 class Processor(NamedTuple):
@@ -52,6 +47,8 @@ def find_model(name):
     """
     folder = Path(name)
     if not folder.is_dir():
+        from transformers.utils import cached_file  # not above: a mistyped option should not wait for transformers
+
         try:
             return Path(cached_file(name, "config.json")).parent
         except (OSError, ValueError) as error:
@@ -87,6 +84,11 @@ def load_model(name, device):
 
     Raises OSError, one sentence, where there is no such model, or one that this program would silently get wrong.
     """
+    from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    from transformers.image_processing_base import ImageProcessingMixin
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of files that load in seconds
     folder = find_model(name)
     try:
         config = AutoConfig.from_pretrained(folder)

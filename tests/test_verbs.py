@@ -1,6 +1,7 @@
 """engine/verbs.py: verbs and their roots, masked queries, and how near two verbs are."""
 
 import pytest
+import spacy
 
 import engine.verbs
 from engine.verbs import (
@@ -111,7 +112,7 @@ def test_a_query_is_tagged_once(tagged, monkeypatch):
 def test_a_missing_model_is_named_with_both_commands(monkeypatch):
     def missing(name, **_):
         raise OSError(name)
-    monkeypatch.setattr(engine.verbs.spacy, "load", missing)
+    monkeypatch.setattr(spacy, "load", missing)
     with pytest.raises(ImportError) as error:
         load_spacy.__wrapped__()
     assert "python -m spacy download en_core_web_sm" in str(error.value)
