@@ -5,6 +5,7 @@ Where workers are spawned (macOS), each imports this module and what it names: n
 
 import collections
 import contextlib
+import multiprocessing
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -95,17 +96,23 @@ def _start_method():
 
 @contextlib.contextmanager
 def _quiet_start():
-    """Start workers without Ctrl-C, and without the main script: a spawned one would import spaCy and transformers."""
+    """Start workers without the main script, which a spawned one would import, and let Ctrl-C wait until they have."""
     main = sys.modules["__main__"].__dict__
     hidden = {name: main[name] for name in ("__file__", "__spec__") if name in main}
     main.pop("__file__", None)
     main["__spec__"] = None
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it until they have begun
+    caught = []
+    multiprocessing.get_context(_start_method()).Lock()  # starts spawn's tracker, which would end the blocking below
+    handler = signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it until they have begun
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
         main.update(hidden)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if caught:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _unchanged(batch):
