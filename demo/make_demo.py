@@ -26,6 +26,7 @@ import numpy as np
 
 from demo.videos import write_video
 from engine.progress import progress
+from engine.settings import print_any_name
 
 RARE_VERBS = ("sliding", "falling", "shrinking", "spinning")
 RARE_SHARE = 0.05  # of their samples that the warm start shows
@@ -102,6 +103,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--videos", type=int, nargs=3, default=(1200, 150, 150), metavar=("TRAIN", "VAL", "TEST"))
     args = parser.parse_args(argv)
+    print_any_name()
     if not 0 <= args.seed < 2**32 or min(args.videos) < 1:
         parser.error("--seed lies between 0 and 4294967295, and there is at least one video of each kind.")
     made_with = {"seed": args.seed, "videos": list(args.videos)}

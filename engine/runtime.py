@@ -18,13 +18,15 @@ from engine.progress import progress
 from engine.settings import UserError
 from engine.video import VideoError
 
+JOINING = datetime.timedelta(minutes=5)  # in which all processes must be there
+
 
 def setup_distributed():
     """Join the process group torchrun describes, or make one of a single process -> the device of this rank.
 
     One process, gloo on CPUs and NCCL on GPUs all run the same code; only the world size differs.
     """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)  # that srun has started; an allocation alone starts none
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
         sys.exit(f"Slurm started {tasks} copies of this program, which know nothing of each other; start one torchrun "
                  "on each node, as in `srun --ntasks-per-node 1 torchrun ...`.")
@@ -35,13 +37,19 @@ def setup_distributed():
                  "--nproc_per_node.")
     if cuda:
         torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # Ranks wait for each other's videos and evaluations: longer than NCCL's ten minutes.
+    patience = datetime.timedelta(hours=2)
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2), **alone)
-    except (ValueError, RuntimeError) as error:  # a variable of torchrun's is missing, a port is taken
+        store, rank, world_size = dist.HashStore(), 0, 1
+        if "RANK" in os.environ:
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=JOINING))
+            store.set_timeout(patience)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, store=store, rank=rank,
+                                world_size=world_size)
+    except (ValueError, RuntimeError) as error:  # a variable is missing, a port is taken, MASTER_ADDR is nowhere
         reason = str(error).strip().split("\n")[0]
-        sys.exit(f"the processes could not be joined ({reason}); start them with torchrun, or unset RANK for one.")
+        sys.exit(f"the processes could not be joined ({reason}); start them with torchrun, which sets "
+                 "MASTER_ADDR and its kin, or unset RANK for one.")
     return device
 
 
@@ -54,8 +62,6 @@ def say(text):
 def launch(program, settings):
     """Run `program(settings, device)` in the process group; a user's mistake ends it with one sentence, status 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forked
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a file's name may hold what the console cannot show
     device = setup_distributed()
     try:
         program(settings, device)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import sys
 from dataclasses import field
 
 
@@ -56,6 +57,7 @@ def parse_settings(cls, description, argv=None, inherit=None):
     Options may also stand in a file, given as @FILE; # begins a comment there. `inherit(settings)` returns values for
     options that the command line does not give.
     """
+    print_any_name()
     parser = argparse.ArgumentParser(description=description, usage="%(prog)s [options]", allow_abbrev=False,
                                      fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,6 +76,12 @@ def parse_settings(cls, description, argv=None, inherit=None):
     except UserError as error:
         parser.error(str(error).rstrip("."))
     return settings
+
+
+def print_any_name():
+    """A file's name may hold what the console cannot show: print question marks there."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
 
 
 def _stop(parser, message):

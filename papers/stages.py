@@ -24,7 +24,7 @@ import numpy as np
 import rewards
 from engine.annotations import demonstration_row, load_annotations, load_demonstrations
 from engine.predictions import read_predictions
-from engine.settings import UserError
+from engine.settings import UserError, print_any_name
 from evaluate import evenly_spaced
 from papers.rewards import ANCHORS_WANTED, GROUNDINGS, parse_anchors
 
@@ -191,6 +191,7 @@ STAGES = {"invert-sft": run_invert_sft, "longest": run_longest, "anchors": run_a
 
 
 def main(args):
+    print_any_name()
     rows = STAGES[args.stage](args)
     if not rows:
         raise UserError(f"no row is left for {args.output}; look at the input, or widen the thresholds.")

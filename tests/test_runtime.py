@@ -1,9 +1,11 @@
 """engine/settings.py and engine/runtime.py: the command line, how a program ends, signals, metrics and the log."""
 
 import dataclasses
+import datetime
 import json
 import os
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from conftest import ROOT
 
+from engine import runtime
 from engine.progress import progress
 from engine.runtime import (
     Log,
@@ -21,6 +25,7 @@ from engine.runtime import (
     launch,
     random_generator,
     say,
+    setup_distributed,
 )
 from engine.settings import UserError, changed_options, flag, option, parse_settings
 from engine.video import VideoError
@@ -147,6 +152,52 @@ def test_changed_options_are_those_that_matter():
     assert changed_options(before, Small()) == changed_options(before, Small(folder="there")) == []
     assert changed_options(before, Small(2, ("a",))) == ["--size", "--names"]
     assert changed_options({}, Small()) == ["--size", "--names"]
+
+
+def test_a_mistyped_option_is_said_before_spacy_and_transformers_are_imported():
+    for program in ("invert4tvg.py", "evaluate.py"):
+        done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / program), "--nope"], capture_output=True,
+                              text=True)
+        imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+        assert done.returncode == 2 and f"{program}: unrecognized arguments: --nope; --help" in done.stderr
+        assert "torch" in imported and not {"spacy", "transformers", "torch.distributed.optim"} & imported
+
+
+def test_what_is_printed_may_hold_names_that_the_console_cannot_show():
+    command = "import evaluate as e; e.parse_settings(e.EvalSettings, '', []); print('видео')"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.stdout == "?????\n", done.stderr
+
+
+# ---- How processes find each other
+
+
+@pytest.mark.parametrize("variables, copies", [
+    ({"SLURM_NTASKS": "2"}, 1),  # plain python in `salloc -n 2` or in a batch script
+    ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, 1),  # in a batch step
+    ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"}, 1),  # srun -n 1
+    ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}, 2)])  # srun -n 2
+def test_copies_that_srun_has_started_are_refused_and_an_allocation_is_not(monkeypatch, variables, copies):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if copies > 1:
+        with pytest.raises(SystemExit, match="Slurm started 2 copies of this program"):
+            setup_distributed()
+    else:
+        assert setup_distributed().type == "cpu" and dist.get_world_size() == 1
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("variables, words", [
+    ({"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "29501"}, "nowhere.invalid"), ({}, "MASTER_ADDR expected"),
+    ({"MASTER_ADDR": "localhost", "MASTER_PORT": "http"}, "'http'")])
+def test_processes_that_do_not_find_each_other_give_up_with_one_sentence(monkeypatch, variables, words):
+    monkeypatch.setattr(runtime, "JOINING", datetime.timedelta(seconds=1))
+    for name, value in ({"RANK": "1", "WORLD_SIZE": "2"} | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=f"could not be joined .*{words}.*start them with torchrun"):
+        setup_distributed()
 
 
 # ---- How a program ends
