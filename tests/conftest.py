@@ -11,6 +11,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.settings import parse_settings  # before transformers: engine says which versions work
+
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact comparisons: float32 on the CPU, wherever the tests run
 os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too: waiting threads make a busy machine crawl
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -36,7 +38,6 @@ from engine.attention import Prompt, install_attention
 from engine.checkpoints import load_model, newest_checkpoint
 from engine.prompts import encode_prompt, patchify, position_ids
 from engine.runtime import launch, setup_distributed
-from engine.settings import parse_settings
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
