@@ -14,6 +14,12 @@ case $name in
     *) sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
 shift
+for word in "$@"; do
+    case ${word%%=*} in --output)
+        echo "train.sh: the output is runs/$name; call invert4tvg.py itself for another one." >&2
+        exit 2 ;;
+    esac
+done
 gpus=${GPUS:-8}
 case $gpus in 1 | 2 | 4 | 8) ;; *) echo "train.sh: GPUS=$gpus; give 1, 2, 4 or 8." >&2; exit 2 ;; esac
 

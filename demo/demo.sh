@@ -10,6 +10,12 @@ out=runs/demo-$seed
 source demo/jobs.sh
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=  # one core a process
 
+for word in "$@"; do
+    case ${word%%=*} in --seed | --model | --videos | --annotations | --demonstrations | --output | --p)
+        echo "demo.sh: $word is set by the demo itself (its seed stands alone: demo 3); leave it out." >&2
+        exit 2 ;;
+    esac
+done
 # A mistyped option must not cost the minutes before it is used.
 check='import sys; import invert4tvg as i; sys.argv[0] = "demo.sh"; i.parse_settings(i.Config, "")'
 run python -c "$check" @demo/toy.args @demo/grpo.args --annotations "$out/train.txt" "$@"

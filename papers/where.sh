@@ -1,6 +1,7 @@
 # shellcheck shell=bash disable=SC2034
 # Sourced by the scripts beside it, with their first argument: a seed of the toy, or charades-3b or charades-7b.
 source demo/jobs.sh
+[ $# -le 1 ] || { echo "$0: give nothing but a seed of the toy, charades-3b or charades-7b." >&2; exit 2; }
 case ${1:-0} in
     charades-3b | charades-7b)
         gpus=${GPUS:-8}  # 1, 2, 4 or 8: an iteration has eight prompts on any number of GPUs

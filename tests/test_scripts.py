@@ -120,7 +120,12 @@ def test_other_papers_systems_run_their_stages_on_the_toy_and_on_charades(run, t
     ("train.sh", ["x"], {}, "bash train.sh demo"),
     ("train.sh", [], {}, "bash train.sh demo"),
     ("train.sh", ["charades-3b"], {"GPUS": "3"}, "GPUS=3"),
+    ("train.sh", ["charades-3b", "--output", "elsewhere"], {}, "the output is runs/charades-3b"),
+    *(("train.sh", ["demo", "3", *words], {}, f"{words[0]} is set by the demo itself") for words in (
+        ["--p", "0.5"], ["--p=0.5"], ["--model", "x"], ["--output", "x"], ["--seed", "1"], ["--videos", "x"],
+        ["--annotations", "x"], ["--demonstrations", "x"])),
     ("papers/tar-tvg.sh", ["--lr"], {}, "--lr is no seed"),
+    ("papers/tar-tvg.sh", ["0", "--lr", "1"], {}, "nothing but a seed"),
     ("papers/tvg-r1.sh", ["charades-3b"], {}, "COLD_START")])
 def test_a_mistake_is_said_before_anything_runs(run, script, arguments, environment, words):
     status, message, calls = run(script, *arguments, **environment)
@@ -151,7 +156,8 @@ def test_a_signal_to_the_script_reaches_what_runs_and_nothing_stays_behind(tmp_p
     script = tmp_path / "script.sh"
     script.write_text(f"set -eu\nsource {ROOT / 'demo' / 'jobs.sh'}\n"
                       f"{sys.executable} {program} &\nrun {sys.executable} {program}\necho not reached\n")
-    process = subprocess.Popen(["bash", str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(["bash", str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))  # also where nohup ignores it
     assert [process.stdout.readline(), process.stdout.readline()] == ["begun\n"] * 2
     os.kill(process.pid, number)
     rest, _ = process.communicate(timeout=30)  # ends when the last program has closed its output
