@@ -1,20 +1,27 @@
 """engine/clips.py: what workers decode, under every way of starting them, and what happens when one is lost."""
 
+import functools
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import ROOT, TEN_HZ, shown, write_video
+import torch
+from conftest import ROOT, TEN_HZ, measure, shown, train, weights_of, write_video
+from safetensors.torch import load_file
 
 from data import Sample, TaskSampler
+from demo import make_demo
 from engine import clips
 from engine.clips import Clips, read_ahead, read_clip
+from engine.predictions import read_predictions
 from engine.settings import UserError
+from evaluate import EvalSettings
 from rewards import INVERSIONS
 
 # ---- One clip
@@ -63,6 +70,37 @@ def test_clips_come_in_order_and_the_same_however_workers_are_started(mixed, mon
         for item, other in zip(items, others, strict=True):
             assert (item.index, item.task, item.failures) == (other.index, other.task, other.failures)
             assert np.array_equal(item.clip.frames, other.clip.frames)
+
+
+METHODS = ("fork", "spawn", "forkserver")
+
+
+def test_training_and_evaluation_are_the_same_bit_for_bit_however_workers_are_started(lively, monkeypatch, tmp_path):
+    found = []
+    for method in METHODS:
+        monkeypatch.setattr(clips, "_start_method", lambda method=method: method)
+        output = train(lively, workers=1, iterations=2, output=str(tmp_path / method))
+        settings = EvalSettings(model=output, annotations=lively.annotations, videos=lively.videos, workers=1,
+                                micro_batch=2, max_new_tokens=20, output=str(tmp_path / f"{method}-test"))
+        found.append((weights_of(output), measure(settings), read_predictions(settings.output)))
+    weights, *results = found[0]
+    start = load_file(f"{lively.model}/model.safetensors")
+    assert any(not torch.equal(weights[name], weight) for name, weight in start.items())  # it has learned
+    for other_weights, *other_results in found[1:]:
+        assert other_results == results
+        assert all(torch.equal(other_weights[name], weight) for name, weight in weights.items())
+
+
+def test_the_demos_data_is_the_same_however_its_workers_are_started(monkeypatch, tmp_path):
+    made = []
+    for method in METHODS:
+        pool = functools.partial(ProcessPoolExecutor, 2, multiprocessing.get_context(method))
+        monkeypatch.setattr(make_demo, "ProcessPoolExecutor", pool)
+        make_demo.main([str(tmp_path / method), "--videos", "2", "1", "1"])
+        files = sorted(path for path in (tmp_path / method).rglob("*") if path.is_file())
+        made.append({path.relative_to(tmp_path / method): path.read_bytes() for path in files})
+    assert made[0] == made[1] == made[2]
+    assert sum(path.suffix == ".mp4" for path in made[0]) == 5  # and one for transfer
 
 
 def test_what_a_spawned_worker_imports_is_small():
