@@ -247,8 +247,8 @@ def trained_with(settings: EvalSettings) -> dict:
     """
     try:
         record = find_model(settings.model) / "run.json"
-    except OSError:
-        return {}  # what is wrong will be said when the model is loaded
+    except OSError as error:
+        raise UserError(str(error)) from error
     if not record.is_file():
         return {}
     config = read_run(record.parent)["config"]
@@ -291,7 +291,7 @@ def main(settings: EvalSettings, device):
     rows = evenly_spaced(len(samples), settings.limit)
     metrics = evaluate(lambda: load_model(settings.model, device), samples, rows, settings.tasks, settings,
                        settings.output, settings.samples)
-    say(f"{settings.output}\n{format_metrics(metrics)}")
+    say(f"done: predictions are in {settings.output}, which --against compares.\n{format_metrics(metrics)}")
     for name in ("rows", "without a span", "reversed spans", "unreadable"):
         if metrics[name]:
             say(f"  {name}: {metrics[name]}")

@@ -45,3 +45,4 @@ evaluate supervised
 
 echo "--- 6 of 6: the table"
 python -m demo.table "$out"
+echo "done: videos, models, logs and evaluations are in $out; README.md goes on with Charades-STA and your own data."

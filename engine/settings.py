@@ -68,10 +68,10 @@ def parse_settings(cls, description, argv=None, inherit=None):
     given = vars(parser.parse_args(argv))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = cls(**given)
-    if inherit:
-        inherited = {name: value for name, value in inherit(settings).items() if name not in given}
-        settings = dataclasses.replace(settings, **inherited)
     try:
+        if inherit:
+            inherited = {name: value for name, value in inherit(settings).items() if name not in given}
+            settings = dataclasses.replace(settings, **inherited)
         settings.check()
     except UserError as error:
         parser.error(str(error).rstrip("."))

@@ -273,7 +273,9 @@ def test_what_a_checkpoint_was_trained_with_holds_where_the_command_line_is_sile
     assert "--fps 1.0" in printed and "--max-new-tokens 40" in printed and "--inversion-format" not in printed
     assert parse("--fps", "2.0").fps == 2.0  # the default, but said
     assert parse("--max-new-tokens", "7").max_new_tokens == 7
-    assert evaluate.trained_with(evaluate.EvalSettings(model=str(trained / "none"))) == {}
+    with pytest.raises(SystemExit):  # a model that is not there is said before anything else
+        parse("--model", str(trained / "none"))
+    assert "run/none: there is no such folder" in capsys.readouterr().err
 
 
 def test_anchors_are_measured_where_they_were_trained(settings, trained):
