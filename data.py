@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import papers.rewards
 import rewards
-from engine.annotations import Sample, load_annotations, load_demonstrations, missing_videos, prepare_training
+from engine.annotations import Sample, load_annotations, load_demonstrations, missing_videos, named, prepare_training
 from engine.attention import Prompt
 from engine.clips import Item
 from engine.prompts import MERGE, encode_prompt, patchify, position_ids
@@ -120,8 +120,8 @@ def load_training(settings) -> tuple[list[Sample], None, None]:
     """
     present = [sample for sample in load_samples(settings) if Path(sample.video).is_file()]
     samples, clamped, dropped = prepare_training(present)
-    say(f"{settings.annotations}: {len(samples)} samples; {clamped} ends clamped to the video's, {dropped} rows "
-        "dropped for start >= end")
+    say(f"{settings.annotations}: {len(samples)} samples; {clamped} ends clamped to the video's, {len(dropped)} rows "
+        f"dropped for start >= end{named(dropped)}")
     if settings.grounding().needs_duration:
         timed = [sample for sample in samples if sample.duration]
         say(f"{len(samples) - len(timed)} rows dropped whose video states no duration")

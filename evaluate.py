@@ -27,7 +27,7 @@ import grpo
 import rewards
 from engine.checkpoints import find_model, fingerprint, load_model, read_run
 from engine.clips import Clips, read_ahead
-from engine.predictions import key_of, read_predictions, video_bytes
+from engine.predictions import key_of, late_rows, read_predictions, video_bytes
 from engine.progress import progress
 from engine.prompts import completion_texts
 from engine.runtime import launch, say
@@ -70,6 +70,7 @@ def summarize(predictions: list[dict], grounding: rewards.Grounding = rewards.IO
     metrics["without a span"] = sum(p["task"] == "tvg" and p["span"] is None for p in predictions)
     metrics["reversed spans"] = sum(p["span"] is not None and p["span"][0] > p["span"][1] for p in predictions)
     metrics["unreadable"] = sorted({p["error"] for p in predictions if p["error"]})
+    metrics["start after their video"] = late_rows(predictions)
     return metrics
 
 
@@ -143,8 +144,8 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
         model, processor = load()
         size = settings.micro_batch
         batches = [[[job] for job in jobs[i:i + size]] for i in range(0, len(jobs), size)]  # one candidate each
-        arriving = read_ahead(Clips(samples, settings.clip_settings()), batches, min(settings.workers, len(batches)),
-                              settings.clip_timeout)
+        clips = Clips(samples, settings.clip_settings(), segments_count=False)
+        arriving = read_ahead(clips, batches, min(settings.workers, len(batches)), settings.clip_timeout)
         scoring = settings.scoring()
         block = scoring["grounding"].format.blocks[-1]
         with open(output / f"predictions.{rank}.jsonl", "a", encoding="utf-8") as file:
@@ -156,7 +157,7 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
                         file.write(json.dumps({
                             "row": item.index, "task": item.task, "sample": number, "video": sample.video,
                             "bytes": video_bytes(sample), "query": sample.query, "truth": [sample.start, sample.end],
-                            "completion": text,
+                            "video_end": item.clip and item.clip.end, "completion": text,
                             "span": rewards.parse_span(text, block) if item.task == "tvg" else None,
                             "parts": rewards.score(item.task, text, sample, **scoring),
                             "error": item.failures[0] if item.failures else None}) + "\n")
@@ -226,8 +227,7 @@ def format_metrics(metrics: dict) -> str:
 
 
 def print_comparison(settings, samples):
-    ours = read_predictions(settings.output, samples)
-    theirs = read_predictions(settings.against, samples)
+    ours, theirs = (read_predictions(output, samples) for output in (settings.output, settings.against))
     table = paired_bootstrap(ours, theirs, settings.grounding())
     say(f"\n{'metric':<10}{'this':>8}{'other':>8}{'difference':>12}   95% interval over videos\n" + "\n".join(
         f"{name:<10}{a:8.1f}{b:8.1f}{a - b:+12.1f}   [{low:+.1f}, {high:+.1f}]"
@@ -260,10 +260,9 @@ def trained_with(settings: EvalSettings) -> dict:
     return found
 
 
-def claim_output(settings: EvalSettings):
-    """Raise UserError when --output holds predictions made under other settings; else note these there."""
+def claim_output(settings: EvalSettings, model: str):
+    """Raise UserError when --output holds predictions of another model (by fingerprint) or settings; else note it."""
     record = Path(settings.output) / "settings.json"
-    model = fingerprint(find_model(settings.model))  # a run's folder may hold a newer checkpoint by now
     held = any(record.parent.glob("predictions*.jsonl")) and record.exists()
     if held:
         before = json.loads(record.read_text(encoding="utf-8"))
@@ -286,13 +285,14 @@ def main(settings: EvalSettings, device):
     samples = data.load_samples(settings)
     if settings.against and not read_predictions(settings.against):
         raise UserError(f"--against {settings.against}: holds no predictions; give the --output of another evaluation.")
-    claim_output(settings)
-    say(f"model: {find_model(settings.model)}")
+    folder = find_model(settings.model)
+    claim_output(settings, fingerprint(folder))  # a run's --output may hold a newer checkpoint by now
+    say(f"model: {folder}")
     rows = evenly_spaced(len(samples), settings.limit)
-    metrics = evaluate(lambda: load_model(settings.model, device), samples, rows, settings.tasks, settings,
-                       settings.output, settings.samples)
+    metrics = evaluate(lambda: load_model(folder, device), samples, rows, settings.tasks, settings, settings.output,
+                       settings.samples)
     say(f"done: predictions are in {settings.output}, which --against compares.\n{format_metrics(metrics)}")
-    for name in ("rows", "without a span", "reversed spans", "unreadable"):
+    for name in ("rows", "without a span", "reversed spans", "unreadable", "start after their video"):
         if metrics[name]:
             say(f"  {name}: {metrics[name]}")
     if settings.against:

@@ -149,17 +149,28 @@ def prepare_training(samples):
     """Clamp ends to the video's duration, note the duration in the sample, and drop rows with start >= end.
 
     The annotation's duration counts; where it states none, as in Charades-STA txt, each video is opened once for its
-    own. Returns (samples, number clamped, number dropped). For training only: evaluation keeps every row as it stands.
+    own. Returns (samples, number clamped, those dropped, with their clamped ends). For training only: evaluation keeps
+    every row as it stands.
     """
     kept = []
     clamped = 0
+    dropped = []
     for s in samples:
         duration = s.duration or video_duration(s.video)
         end = min(s.end, duration or math.inf)
         if s.start < end:
             kept.append(replace(s, end=end, duration=duration))
             clamped += end < s.end
-    return kept, clamped, len(samples) - len(kept)
+        else:
+            dropped.append(replace(s, end=end, duration=duration))
+    return kept, clamped, dropped
+
+
+def named(samples, most=20):
+    """Rows in words, for the end of a sentence: ": a.mp4 from 20 to 9.5 s, ... and 3 more"; "" where there is none."""
+    shown = [f"{s.video_name()} from {s.start:g} to {s.end:g} s" for s in samples[:most]]
+    more = [f"and {len(samples) - most} more"] if len(samples) > most else []
+    return ": " + ", ".join(shown + more) if samples else ""
 
 
 # ------------------------------------------------------------------------------------------------ rows

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch.utils.data import DataLoader, Dataset
 
 from engine.settings import UserError
-from engine.video import Clip, VideoError, read_video
+from engine.video import Clip, VideoError, check_start, read_video
 
 
 @dataclass
@@ -37,17 +37,25 @@ def read_clip(sample, task: str, **clip_settings) -> Clip:
 
 
 class Clips(Dataset):
-    """Indexed by candidates, (sample index, task) pairs: decodes the first one whose video can be read."""
+    """Indexed by candidates, (sample index, task) pairs: decodes the first one whose video can be read.
 
-    def __init__(self, samples, clip_settings):
+    A segment that starts after its video ends is unreadable, too: always for an inversion, which shows it, and for
+    grounding where `segments_count`, as in training. Evaluation keeps every row.
+    """
+
+    def __init__(self, samples, clip_settings, segments_count=True):
         self.samples = samples
         self.clip_settings = clip_settings
+        self.segments_count = segments_count
 
     def __getitem__(self, candidates) -> Item:
         failures = []
         for index, task in candidates:
+            sample = self.samples[index]
             try:
-                clip = read_clip(self.samples[index], task, **self.clip_settings)
+                clip = read_clip(sample, task, **self.clip_settings)
+                if task == "tvg" and self.segments_count:
+                    check_start(sample.video, sample.start, clip.end)
                 return Item(index, task, clip._replace(frames=clip.frames.numpy()), failures)
             except VideoError as error:
                 failures.append(str(error))

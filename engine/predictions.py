@@ -25,6 +25,16 @@ def answers(prediction, samples) -> bool:
     return then == today
 
 
+def late_rows(predictions) -> list[str]:
+    """Name the grounding rows that start after their video's last picture has ended, once each."""
+    late = {}
+    for p in predictions:
+        end = p.get("video_end")
+        if p["task"] == "tvg" and end is not None and p["truth"][0] > end:
+            late[p["row"]] = f"{p['video']}: row {p['row']} starts at {p['truth'][0]:g} of {end:g} s"
+    return list(late.values())
+
+
 def read_predictions(output, samples=None) -> list[dict]:
     """All predictions of an output folder, with `samples` only those that answer its rows as they are today.
 

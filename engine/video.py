@@ -30,6 +30,7 @@ class Clip(NamedTuple):
     frames: torch.Tensor
     times: np.ndarray  # not a tensor: a worker hands each of those over by a connection of its own
     fps: float
+    end: float | None = None  # when the video's pictures end, seconds; None where the clip ends before
 
 
 def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=None, end=None,
@@ -52,11 +53,10 @@ def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=None, end=None,
             # From 1 / fps earlier: a segment at the video's end is widened to the left.
             packets, at_end, seek_to = scan_packets(video, max(0.0, start - 1 / fps), end)
             known_times = np.sort([packet.time for packet in packets if packet.is_shown])
+            videos_end = None
             if at_end:
                 videos_end = end_of_pictures(packets, video.stated_duration, 1 / fps)
-                if start > videos_end + 1e-6:
-                    raise VideoError(f"{path}: the segment starts at {start:g} s, after the video's end at "
-                                     f"{videos_end:g} s.")
+                check_start(path, start, videos_end)
                 end = min(end, videos_end)
             targets, fps = _targets(start, end, fps)
             size = functools.partial(fit_size, frames=len(targets), max_pixels=max_pixels,
@@ -65,7 +65,13 @@ def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=None, end=None,
                                             0.5 / fps, size)
     except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
         raise VideoError(f"{path}: cannot be decoded as a video ({error}).") from error
-    return Clip(torch.from_numpy(frames), times, fps)
+    return Clip(torch.from_numpy(frames), times, fps, videos_end)
+
+
+def check_start(path, start, videos_end):
+    """Raise VideoError where a segment starts after the video's last picture has ended."""
+    if start > videos_end + 1e-6:
+        raise VideoError(f"{path}: the segment starts at {start:g} s, after the video's end at {videos_end:g} s.")
 
 
 def _decode_checked(video, packets, seek_to, targets, nearest, tolerance, size):

@@ -56,6 +56,16 @@ def test_without_a_readable_candidate_there_is_no_clip_but_the_list(mixed):
     assert item.clip is None and len(item.failures) == 3
 
 
+def test_grounding_a_segment_after_the_videos_end_is_nothing_to_train_on_but_a_row_to_evaluate(mixed):
+    late = Sample(mixed[1].video, "q", 20.0, 25.0, duration=28.8)  # the video has one second
+    item = Clips([late, mixed[1]], {})[[(0, "tvg"), (1, "tvg")]]
+    assert item.index == 1
+    assert item.failures == [f"{late.video}: the segment starts at 20 s, after the video's end at 1 s."]
+    kept = Clips([late], {}, segments_count=False)
+    assert kept[[(0, "tvg")]].clip.end == pytest.approx(1)
+    assert kept[[(0, "vc")]].failures == item.failures  # there is nothing to show
+
+
 # ---- Workers
 
 

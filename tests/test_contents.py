@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import evaluate
+from engine import checkpoints
 from engine.checkpoints import find_model, fingerprint, load_model, newest_checkpoint
 from engine.predictions import read_predictions
 
@@ -158,6 +159,17 @@ def test_a_run_whose_rows_have_changed_does_not_go_on(config, capsys):
     with pytest.raises(SystemExit):
         train(config)
     assert "its rows, or the videos that are there, have changed" in capsys.readouterr().err
+
+
+def test_rows_that_start_after_their_video_are_named_counted_and_not_trained_on(config, tmp_path, capsys):
+    entry = {"duration": 28.8, "timestamps": [[20.0, 25.0]], "sentences": ["person sits"]}  # AAA has five seconds
+    rows = {"AAA": entry, "BBB": {"duration": 5, "timestamps": [[0, 2]], "sentences": ["person eats"]}}
+    Path(config.annotations).write_text(json.dumps(rows), encoding="utf-8")
+    with scripted(reply("0 to 1")) as calls:
+        train(config, iterations=1)
+    assert ["person eats" in question for call in calls for question in call.questions()] == [True, True]
+    assert log_of(config.output)[0]["redrawn"] >= 1
+    assert "AAA.mp4: the segment starts at 20 s, after the video's end at 5 s." in capsys.readouterr().err
 
 
 def test_a_run_that_goes_on_keeps_its_reference_though_the_models_folder_has_a_newer_checkpoint(config, copy, tmp_path):

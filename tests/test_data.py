@@ -57,7 +57,7 @@ def test_training_rows_are_those_that_can_be_trained_on(alone, tmp_path, capsys)
     settings = dataclasses.replace(settings, allow_missing_videos=True)
     assert [s.query for s in load_training(settings)[0]] == ["a door", "a lamp"]
     printed = capsys.readouterr().out
-    assert "2 samples; 1 ends clamped to the video's, 1 rows dropped" in printed
+    assert "2 samples; 1 ends clamped to the video's, 1 rows dropped for start >= end: AAA.mp4 from 2 to 1 s" in printed
     assert "2 of 2 queries have no verb; 0 look not English" in printed
     timed = dataclasses.replace(settings, tvg_reward="timestamp_iou")
     assert [s.query for s in load_training(timed)[0]] == ["a door"]

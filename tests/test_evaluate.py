@@ -209,6 +209,18 @@ def test_unreadable_video_scores_zero_and_is_listed(settings, capsys):
     assert json.loads((Path(settings.output) / "metrics.json").read_text())["unreadable"] == []
 
 
+def test_rows_that_start_after_their_video_count_and_are_named(settings, capsys):
+    rows = "AAA 0.0 2.0##a red lamp.\nBBB 5.0 9.0##a person is sitting down.\n"
+    Path(settings.annotations).write_text(rows, encoding="utf-8")
+    with scripted(reply("0 to 2")):
+        metrics = measure(settings, max_new_tokens=60)
+    assert metrics["rows"]["tvg"] == 2 and metrics["mIoU"] == 50.0 and metrics["format"] == 100.0
+    video = Path(settings.videos) / "BBB.mp4"
+    assert metrics["start after their video"] == [f"{video}: row 1 starts at 5 of 4 s"]
+    assert metrics["unreadable"] == [f"{video}: the segment starts at 5 s, after the video's end at 4 s."]  # VC, AR, VD
+    assert "start after their video: ['" in capsys.readouterr().out
+
+
 def test_predictions_of_a_model_trained_anew_are_not_mixed_in(settings, tmp_path, capsys):
     settings = dataclasses.replace(settings, model=str(shutil.copytree(settings.model, tmp_path / "model")))
     launch(evaluate.main, settings)

@@ -229,7 +229,7 @@ def test_odd_sizes_are_read_and_colours_stay_in_place(tmp_path):
 def test_a_stated_duration_is_not_needed(tmp_path):
     path = write_video(tmp_path / "a.webm", codec="libvpx", container_options={"live": "1"})
     assert video.video_duration(str(path)) is None
-    assert prepare_training([Sample(str(path), "q", 1.0, 9.0)])[1:] == (0, 0)
+    assert prepare_training([Sample(str(path), "q", 1.0, 9.0)])[1:] == (0, [])
     assert shown(read_video(path, start=3.0, end=9.0)) == [30, 35]
 
 
@@ -447,6 +447,7 @@ def test_a_segment_after_the_videos_end_is_an_error_that_says_so(tmp_path):
     with pytest.raises(VideoError, match=r"a.mp4: the segment starts at 20 s, after the video's end at 9.5 s\."):
         read_video(path, start=20.0, end=25.0)
     assert read_video(path, start=9.0, end=25.0).times.tolist() == pytest.approx([9.0, 9.4], abs=0.11)
+    assert read_video(path).end == pytest.approx(9.5) and read_video(path, start=1, end=2).end is None
 
 
 def test_a_file_without_pictures_says_so(tmp_path):
