@@ -3,6 +3,7 @@
 A format is told by its content, never by the file's name. A new one is a parser and a line of ENTRIES or ITEMS.
 """
 
+import collections
 import json
 import math
 import re
@@ -39,11 +40,24 @@ def lines_of(text):
 def parse_json(path, where, text):
     """The value of a JSON text that begins at `where`, or at the first line. Raises ValueError naming the place."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_repeats)
+    except RowError as error:
+        raise ValueError(f"{path}{where and ', '}{where}: {error}") from error
     except (ValueError, RecursionError) as error:
         where = where or f"line {getattr(error, 'lineno', 1)}"
         reason = getattr(error, "msg", "nested too deeply, or a number too long")
         raise ValueError(f"{path}, {where}: not valid JSON ({reason}).") from error
+
+
+def _without_repeats(pairs):
+    """A JSON object, each of whose keys stands once: of two, json would keep the last and lose the other's rows."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        times = collections.Counter(key for key, _ in pairs)
+        repeated = [key for key in times if times[key] > 1]
+        raise RowError(f"the key {json.dumps(repeated[0])[:60]} stands {times[repeated[0]]} times in one object; join "
+                       "what belongs to it, or give each its own")
+    return found
 
 
 def records_of(path, text):

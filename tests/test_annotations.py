@@ -193,6 +193,22 @@ def test_other_benchmarks_are_read_in_seconds(name, tmp_path):
         assert got[:2] == wanted[:2] and got[2:] == pytest.approx(wanted[2:])
 
 
+ENTRY = '{"duration": 9, "timestamps": [[0, 1]], "sentences": ["a door"]}'
+REPEATED = {
+    f'{{"b": {ENTRY}, "a": {ENTRY}, "a": {ENTRY}}}': r'rows: the key "a" stands 2 times',
+    f'{{"b": {ENTRY},\n "a": {ENTRY[:-1]}, "duration": 8}}}}': r'rows: the key "duration" stands 2 times',
+    '{"video": "a", "timestamp": [0, 1], "sentence": "a"}\n{"video": "a", "timestamp": [0, 1], "sentence": "a", '
+    '"timestamp": [2, 3], "timestamp": [4, 5]}': r'rows, line 2: the key "timestamp" stands 3 times',
+}
+
+
+@pytest.mark.parametrize("text", REPEATED)
+def test_a_repeated_key_is_refused_since_json_would_keep_the_last_alone(text, tmp_path):
+    (tmp_path / "rows").write_text(text)
+    with pytest.raises(ValueError, match=REPEATED[text]):
+        load_annotations(tmp_path / "rows", "v")
+
+
 def test_a_glance_is_no_part_of_the_sentence(tmp_path):
     (tmp_path / "rows").write_text("3MSZA 24.3 30.4##25.4##person turn a light on.\n3MSZA 0 1##5 men run.\n")
     assert [s.query for s in load_annotations(tmp_path / "rows", "v")] == ["person turn a light on", "5 men run"]
