@@ -28,6 +28,9 @@ class Processor(NamedTuple):
     folder: Path | None = None  # where the checkpoint's files are
 
 
+PUBLISHED = ("*.json", "*.jinja", "*.txt", "*.safetensors", "LICENSE*")  # what is taken from a hub's model
+
+
 def iteration_of(checkpoint):
     """The number in checkpoint-000123; None for another name, such as an unfinished checkpoint's."""
     number = checkpoint.name.removeprefix("checkpoint-")
@@ -47,10 +50,10 @@ def find_model(name):
     """
     folder = Path(name)
     if not folder.is_dir():
-        from transformers.utils import cached_file  # not above: a mistyped option should not wait for transformers
+        from huggingface_hub import snapshot_download  # not above: a mistyped option should not wait for it
 
         try:
-            return Path(cached_file(name, "config.json")).parent
+            return Path(snapshot_download(name, allow_patterns=PUBLISHED))
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise OSError(f"--model {name}: there is no such folder, and no such model could be had ({reason}); give a "

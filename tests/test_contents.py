@@ -120,6 +120,24 @@ def test_a_runs_folder_is_its_newest_checkpoint(copy, tmp_path):
     assert find_model(tmp_path / "run").name == "checkpoint-000010"
 
 
+def test_a_model_of_the_hub_is_had_with_all_its_files_but_those_that_are_not_read(copy, tmp_path, monkeypatch):
+    for name in ("README.md", "pytorch_model.bin", "merges.txt"):
+        (copy / name).touch()
+
+    def download(name, allow_patterns):
+        assert name == "publisher/model"
+        for path in copy.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copy(path, tmp_path / "hub")
+        return str(tmp_path / "hub")
+
+    (tmp_path / "hub").mkdir()
+    monkeypatch.setattr(checkpoints, "snapshot_download", download)
+    load_model("publisher/model", CPU)
+    assert {path.name for path in copy.iterdir()} - {path.name for path in (tmp_path / "hub").iterdir()} == {
+        "README.md", "pytorch_model.bin"}
+
+
 # ---- A checkpoint keeps the files it came with
 
 
@@ -135,6 +153,32 @@ def test_a_checkpoint_keeps_every_file_but_the_weights_and_all_may_read_it(tmp_p
             assert (saved / path.name).read_bytes() == path.read_bytes(), path.name
     assert all(stat.S_IMODE(path.stat().st_mode) & 0o044 for path in saved.iterdir())
     assert load_file(copy / "model.safetensors").keys() == load_file(saved / "model.safetensors").keys()
+
+
+def test_a_checkpoint_has_the_published_layout(tmp_path, copy):
+    # As Qwen published it and transformers 4.57 reads it: a flat config.json with rope_scaling, and these names of
+    # weights. What transformers 5 writes, 4.57 does not run.
+    ours = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    text, vision = ours["text_config"], ours["vision_config"]
+    rope = text.pop("rope_parameters")
+    published = text | {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "bfloat16",
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}, "rope_theta": rope["rope_theta"],
+        "transformers_version": "4.41.2", "tie_word_embeddings": False, "vision_config": vision}
+    published |= {name: value for name, value in ours.items() if name.endswith("_token_id")}
+    (copy / "config.json").write_text(json.dumps(published), encoding="utf-8")
+    config = make_config(tmp_path, copy)
+    with scripted(reply("0 to 1")):
+        train(config, iterations=1, p=1.0, train_vision=True)
+    saved = newest_checkpoint(config.output)
+    assert json.loads((saved / "config.json").read_text(encoding="utf-8")) == published
+    names = load_file(saved / "model.safetensors")
+    assert {name.split(".0.")[0] for name in names if ".1." not in name} == {
+        "lm_head.weight", "model.embed_tokens.weight", "model.layers", "model.norm.weight", "visual.blocks",
+        "visual.merger.ln_q.weight", "visual.merger.mlp", "visual.merger.mlp.2.bias", "visual.merger.mlp.2.weight",
+        "visual.patch_embed.proj.weight"}
+    assert "model.layers.0.self_attn.q_proj.weight" in names and "visual.blocks.0.attn.qkv.weight" in names
+    assert load_model(str(saved), CPU)[0].config.text_config.rope_parameters["mrope_section"] == [2, 1, 1]
 
 
 # ---- Runs
