@@ -106,9 +106,7 @@ def load_model(name, device):
         reason = str(error).strip().split("\n")[0]
         raise OSError(f"--model {name}: no Qwen2.5-VL model could be loaded from {folder} ({reason}).") from error
     check_weights(name, model, loading)
-    if not tokenizer.chat_template:
-        raise OSError(f"--model {name}: its tokenizer has no chat template; copy chat_template.jinja of the model that "
-                      "it was made from.")
+    check_tokenizer(name, tokenizer, config)
     if not {"image_mean", "image_std"} <= pixels.keys():
         raise OSError(f"--model {name}: its preprocessor_config.json states no image_mean and image_std.")
     install_attention(model)
@@ -145,6 +143,18 @@ def check_weights(name, model, loading):
     if broken:
         raise OSError(f"--model {name}: {len(broken)} weights are not finite, {broken[0]} among them; take another "
                       "checkpoint.")
+
+
+def check_tokenizer(name, tokenizer, config):
+    """Raise OSError where the tokenizer is not the model's: without its files, transformers makes an empty one."""
+    if not tokenizer.chat_template:
+        raise OSError(f"--model {name}: its tokenizer has no chat template; copy chat_template.jinja of the model that "
+                      "it was made from.")
+    pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    if pad != config.video_token_id or len(tokenizer) > config.text_config.vocab_size:
+        raise OSError(f"--model {name}: its tokenizer has {len(tokenizer)} ids with <|video_pad|> at {pad}, the model "
+                      f"{config.text_config.vocab_size} with it at {config.video_token_id}; copy tokenizer.json and "
+                      "tokenizer_config.json of the model that it was made from.")
 
 
 def recompute_activations(model):

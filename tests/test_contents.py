@@ -94,6 +94,24 @@ def test_a_tokenizer_without_a_chat_template_is_refused(copy):
     assert "no chat template" in refusal(copy)
 
 
+def test_a_tokenizer_that_is_not_the_models_is_refused(copy):
+    ours = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in ours["added_tokens"]:
+        token["content"] = token["content"].replace("<|video_pad|>", "<|other|>")
+    (copy / "tokenizer.json").write_text(json.dumps(ours), encoding="utf-8")
+    assert "tokenizer_config.json of the model" in refusal(copy)
+    for path in copy.glob("tokenizer*"):
+        path.unlink()  # then transformers makes one without words, and no error
+    assert "tokenizer has " in refusal(copy)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer, tmp_path):
+    tiny_model(tokenizer, vocab_size=len(tokenizer) - 1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5], "image_std": [0.5]}', encoding="utf-8")
+    assert f"its tokenizer has {len(tokenizer)} ids" in refusal(tmp_path)
+
+
 def test_only_ids_that_the_tokenizer_can_write_are_sampled(tokenizer, tmp_path):
     tiny_model(tokenizer, vocab_size=len(tokenizer) + 40).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
