@@ -136,6 +136,9 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
     for task in tasks:
         suits = rewards.suitable(task, queries)
         jobs += [(row, task) for row, suited in zip(rows, suits) if suited]
+    if not jobs:
+        raise UserError(f"{settings.annotations}: none of its {len(rows)} queries suits --tasks {' '.join(tasks)} (an "
+                        "inversion needs an English query with a verb); add tvg.")
     wanted = set(jobs)
     done = Counter((p["row"], p["task"]) for p in read_predictions(output, samples) if not p["error"])
     dist.barrier()  # nobody writes before everybody has read
@@ -186,12 +189,8 @@ def answer(model, processor, samples, items, settings, completions) -> list[list
         rollout = grpo.sample_group(model, prompts, G, settings.max_new_tokens, processor.eos, processor.banned,
                                     temperature=1.0 if completions else 0.0, generator=generator)
         texts = completion_texts(processor.tokenizer, rollout)
-    answers = []
-    for item in items:
-        answers.append(texts[:G] if item.clip else [""] * G)
-        if item.clip:
-            texts = texts[G:]
-    return answers
+    texts = iter(texts)
+    return [[next(texts) if item.clip else "" for _ in range(G)] for item in items]
 
 
 def evenly_spaced(n: int, limit: int) -> list[int]:

@@ -209,6 +209,14 @@ def test_unreadable_video_scores_zero_and_is_listed(settings, capsys):
     assert json.loads((Path(settings.output) / "metrics.json").read_text())["unreadable"] == []
 
 
+def test_an_evaluation_that_measures_nothing_is_refused(settings, capsys):
+    Path(settings.annotations).write_text("AAA 0 2##a red lamp.\nBBB 0 2##öffnet die tür\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        measure(settings, tasks=("vc", "ar"))
+    assert "none of its 2 queries suits --tasks vc ar (an inversion needs" in capsys.readouterr().err
+    assert measure(settings, tasks=("vc", "tvg"))["rows"] == {"tvg": 2}
+
+
 def test_rows_that_start_after_their_video_count_and_are_named(settings, capsys):
     rows = "AAA 0.0 2.0##a red lamp.\nBBB 5.0 9.0##a person is sitting down.\n"
     Path(settings.annotations).write_text(rows, encoding="utf-8")
