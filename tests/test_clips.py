@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -148,17 +150,17 @@ def test_a_video_that_never_ends_is_an_error_that_names_it_not_a_wait(tmp_path):
         next(arriving)
 
 
-class Killing(Clips):
-    """Its worker is killed instead of decoding."""
-
-    def __getitem__(self, candidates):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_a_worker_that_is_killed_is_an_error_that_names_its_video(tmp_path):
+    def kill():
+        while not multiprocessing.active_children():
+            time.sleep(0.01)
+        multiprocessing.active_children()[0].kill()
+
+    os.mkfifo(tmp_path / "a.mp4")  # the worker waits
     samples = [Sample(str(tmp_path / "a.mp4"), "q", 0.0, 0.5)]
+    threading.Thread(target=kill).start()
     with pytest.raises(UserError, match="a.mp4: not decoded .* or a worker was killed"):
-        next(read_ahead(Killing(samples, {}), [[[(0, "tvg")]]], 1, 60))
+        next(read_ahead(Clips(samples, {}), [[[(0, "tvg")]]], 1, 600))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
