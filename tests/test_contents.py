@@ -6,6 +6,7 @@ import shutil
 import stat
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import log_of, make_config, measure, reply, scripted, tiny_model, train, write_video
@@ -13,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import evaluate
-from engine import checkpoints
 from engine.checkpoints import find_model, fingerprint, load_model, newest_checkpoint
 from engine.predictions import read_predictions
 
@@ -150,7 +150,7 @@ def test_a_model_of_the_hub_is_had_with_all_its_files_but_those_that_are_not_rea
         return str(tmp_path / "hub")
 
     (tmp_path / "hub").mkdir()
-    monkeypatch.setattr(checkpoints, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     load_model("publisher/model", CPU)
     assert {path.name for path in copy.iterdir()} - {path.name for path in (tmp_path / "hub").iterdir()} == {
         "README.md", "pytorch_model.bin"}
