@@ -18,7 +18,15 @@ from tqdm import tqdm
 
 import papers.rewards
 import rewards
-from engine.annotations import Sample, load_annotations, load_demonstrations, missing_videos, named, prepare_training
+from engine.annotations import (
+    WINDOWS,
+    Sample,
+    load_annotations,
+    load_demonstrations,
+    named,
+    prepare_training,
+    report_missing,
+)
 from engine.attention import Prompt
 from engine.clips import Item
 from engine.prompts import MERGE, encode_prompt, patchify, position_ids
@@ -43,7 +51,8 @@ class Settings:
                             "TACoS or TimeLens JSON; QVHighlights jsonl; Time-R1 or TVGBench list")
     videos: str = flag("data/videos", "folder of the video files")
     output: str = flag("runs/invert4tvg", "folder for everything this run writes", free=True)
-    single_window: bool = flag(False, "QVHighlights: keep only queries with exactly one relevant window")
+    windows: str = flag("each", "QVHighlights alone: each relevant window is a row; or each query, whose best window "
+                        "counts; or each query with a single one", choices=WINDOWS)
     allow_missing_videos: bool = flag(False, "go on when video files are missing", free=True)
     fps: float = flag(2.0, "frames sampled a second; Section 3.1", above=0)
     max_pixels: int = flag(MAX_PIXELS, "visual tokens x 784: a token covers 28 x 28 pixels of two frames, of which one "
@@ -94,14 +103,15 @@ class Settings:
 # ------------------------------------------------------------------------------------------------ samples
 
 
-def load_samples(settings: Settings, path: str = "", videos: str = "", option: str = "--annotations") -> list[Sample]:
+def load_samples(settings: Settings, path: str = "", videos: str = "", option: str = "--annotations",
+                 windows: str = "") -> list[Sample]:
     """Read an annotation file and see to it that its videos are there. `option` names the file in an error.
 
     Raises UserError.
     """
     path = path or settings.annotations
     try:
-        samples = load_annotations(path, videos or settings.videos, settings.single_window)
+        samples = load_annotations(path, videos or settings.videos, windows or settings.windows)
     except OSError as error:
         raise UserError(
             f"{option} {path}: cannot be read ({error.strerror}); Charades-STA is charades_sta_train.txt and "
@@ -109,7 +119,7 @@ def load_samples(settings: Settings, path: str = "", videos: str = "", option: s
             "prior.allenai.org/projects/charades in data/videos/; `bash train.sh demo` needs no data.") from error
     except ValueError as error:
         raise UserError(str(error)) from error
-    report_missing(samples, settings)
+    report_missing(samples, settings.allow_missing_videos)
     return samples
 
 
@@ -139,25 +149,11 @@ def load_imitated(settings) -> tuple[list[Sample], list[str], list[str]]:
         demonstrations = load_demonstrations(settings.demonstrations, settings.videos, rewards.TASKS)
     except (OSError, ValueError) as error:
         raise UserError(f"--demonstrations {settings.demonstrations}: {error}") from error
-    report_missing([d.sample for d in demonstrations], settings)
+    report_missing([d.sample for d in demonstrations], settings.allow_missing_videos)
     present = [d for d in demonstrations if Path(d.sample.video).is_file()]
     if not present:
         raise UserError(f"{settings.demonstrations}: no row is left to train on.")
     return [d.sample for d in present], [d.completion for d in present], [d.task for d in present]
-
-
-def report_missing(samples: list[Sample], settings: Settings):
-    """List the videos that are not there; raise UserError unless --allow-missing-videos."""
-    missing = missing_videos(samples)
-    if missing:
-        folder = Path(missing[0]).parent
-        if not folder.is_dir():
-            raise UserError(f"--videos {folder}: there is no such folder; name the one that holds the video files.")
-        shown = missing[:20] + ([f"and {len(missing) - 20} more"] if len(missing) > 20 else [])
-        say("missing: " + "\nmissing: ".join(shown))
-        if not settings.allow_missing_videos:
-            raise UserError(f"{len(missing)} of {len({s.video for s in samples})} videos are missing (named above); "
-                            "see --videos, or go on without them with --allow-missing-videos.")
 
 
 # ------------------------------------------------------------------------------------------------ prompts

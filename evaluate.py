@@ -1,6 +1,7 @@
 """What a model can do: R1@m and mIoU on grounding, accuracy on VC, AR and VD; its own command line.
 
     python evaluate.py --model CHECKPOINT --annotations FILE --videos FOLDER --output FOLDER [--against OTHER_OUTPUT]
+    python evaluate.py --model CHECKPOINT --video FILE --query SENTENCE [SENTENCE ...]
 
 Greedy decoding, every part of it explicit: nothing is inherited from a checkpoint's generation config. How the videos
 are sampled and how answers are laid out is read from the checkpoint's run.json, unless an option says otherwise.
@@ -10,7 +11,6 @@ each of W ranks takes every W-th (row, task). A row whose video cannot be read s
 in grounding, and every row that suits it in an inversion.
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -25,13 +25,24 @@ import torch.distributed as dist
 import data
 import grpo
 import rewards
+from engine.annotations import WINDOWS
 from engine.checkpoints import find_model, fingerprint, load_model, read_run
-from engine.clips import Clips, read_ahead
-from engine.predictions import key_of, late_rows, read_predictions, video_bytes
+from engine.clips import Clips, Item, frames_in_words, read_ahead
+from engine.predictions import (
+    claim_output,
+    format_comparison,
+    format_metrics,
+    identity,
+    key_of,
+    late_rows,
+    read_predictions,
+)
 from engine.progress import progress
 from engine.prompts import completion_texts
 from engine.runtime import launch, say
-from engine.settings import UserError, changed_options, flag, option, parse_settings
+from engine.settings import UserError, flag, option, parse_settings
+from engine.text import normalize_query
+from engine.video import read_video
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 
@@ -111,15 +122,27 @@ def paired_bootstrap(ours: list[dict], theirs: list[dict], grounding: rewards.Gr
 class EvalSettings(data.Settings):
     """The settings of an evaluation: those of data.Settings and these."""
 
-    annotations: str = flag("data/charades_sta_test.txt", "held-out rows, in any of the formats training reads")
+    annotations: str = flag("data/charades_sta_test.txt", "held-out rows, in any of the formats training reads",
+                            unless="video")
+    videos: str = flag("data/videos", "folder of the video files", unless="video")
+    windows: str = flag("best", "QVHighlights alone: each query is a row, whose best window counts; or each window; or "
+                        "each query with a single one", choices=WINDOWS, unless="video")
     output: str = flag("runs/evaluation", "folder for predictions and metrics.json; rows already predicted are kept",
-                       free=True)
-    tasks: tuple = flag(rewards.TASKS, "what to measure", choices=rewards.TASKS)
+                       free=True, unless="video")
+    tasks: tuple = flag(rewards.TASKS, "what to measure", choices=rewards.TASKS, unless="video")
     samples: int = flag(0, "sample this many completions of each row at temperature 1 (their mean IoU is the row's "
-                        "difficulty for papers/stages.py); 0: one, greedy", least=0)
-    limit: int = flag(0, "evaluate this many rows, evenly spaced over the file; 0: all", least=0)
+                        "difficulty for papers/stages.py); 0: one, greedy", least=0, unless="video")
+    limit: int = flag(0, "evaluate this many rows, evenly spaced over the file; 0: all", least=0, unless="video")
     against: str = flag("", "another evaluation's --output to print beside this one, with the difference's 95%% "
-                        "bootstrap interval over videos", free=True)
+                        "bootstrap interval over videos", free=True, unless="video")
+    video: str = flag("", "measure nothing, but look for each --query in this file", needs="query")
+    query: tuple = flag((), "sentences to look for", needs="video")
+
+    def check(self):
+        super().check()
+        for query in self.query:
+            if not normalize_query(query):
+                raise UserError(f"--query {query!r} says nothing; give a sentence.")
 
 
 def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dict:
@@ -158,8 +181,7 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
                     sample = samples[item.index]
                     for number, text in enumerate(texts):
                         file.write(json.dumps({
-                            "row": item.index, "task": item.task, "sample": number, "video": sample.video,
-                            "bytes": video_bytes(sample), "query": sample.query, "truth": [sample.start, sample.end],
+                            "row": item.index, "task": item.task, "sample": number, **identity(sample),
                             "video_end": item.clip and item.clip.end, "completion": text,
                             "span": rewards.parse_span(text, block) if item.task == "tvg" else None,
                             "parts": rewards.score(item.task, text, sample, **scoring),
@@ -214,25 +236,6 @@ def measure(model, processor, held_out, config, iteration, log):
 
 # ------------------------------------------------------------------------------------------------ the program
 
-
-def format_metrics(metrics: dict) -> str:
-    """Metrics -> a table of two lines for the screen."""
-    shown = {name: f"{value:.1f}" for name, value in metrics.items() if isinstance(value, float)}
-    widths = [max(len(name), len(value)) for name, value in shown.items()]
-    lines = []
-    for cells in (shown.keys(), shown.values()):
-        lines.append("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
-    return "\n".join(lines)
-
-
-def print_comparison(settings, samples):
-    ours, theirs = (read_predictions(output, samples) for output in (settings.output, settings.against))
-    table = paired_bootstrap(ours, theirs, settings.grounding())
-    say(f"\n{'metric':<10}{'this':>8}{'other':>8}{'difference':>12}   95% interval over videos\n" + "\n".join(
-        f"{name:<10}{a:8.1f}{b:8.1f}{a - b:+12.1f}   [{low:+.1f}, {high:+.1f}]"
-        for name, (a, b, low, high) in table.items()))
-
-
 # What a checkpoint should be evaluated with as it was trained. vd_match is not among these: it says what counts as
 # right, for every model alike.
 TRAINED_WITH = ("fps", "max_pixels", "min_frame_pixels", "max_frame_pixels", "max_new_tokens", "inversion_format",
@@ -259,28 +262,23 @@ def trained_with(settings: EvalSettings) -> dict:
     return found
 
 
-def claim_output(settings: EvalSettings, model: str):
-    """Raise UserError when --output holds predictions of another model (by fingerprint) or settings; else note it."""
-    record = Path(settings.output) / "settings.json"
-    held = any(record.parent.glob("predictions*.jsonl")) and record.exists()
-    if held:
-        before = json.loads(record.read_text(encoding="utf-8"))
-        changed = changed_options(before | {"model": settings.model}, settings)  # the model is compared apart:
-        if before["model"] != model:
-            changed.append("--model")
-        if settings.samples and before.get("micro_batch") != settings.micro_batch:  # greedy answers do not depend on it
-            changed.append("--micro-batch")
-        if changed:
-            raise UserError(f"--output {settings.output} holds predictions made with another {', '.join(changed)}; "
-                            "name another folder.")
-    dist.barrier()
-    if dist.get_rank() == 0:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        noted = dataclasses.asdict(settings) | {"model": model}
-        record.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+def search_video(settings: EvalSettings, device):
+    """Print when each --query happens in --video, with the completion that says so, and the frames it rests on."""
+    clip = read_video(settings.video, **settings.clip_settings())
+    say(frames_in_words(clip, settings.video))
+    model, processor = load_model(settings.model, device)
+    block = settings.grounding().format.blocks[-1]
+    for query in settings.query:
+        sample = data.Sample(settings.video, normalize_query(query), 0.0, 0.0)
+        [[text]] = answer(model, processor, [sample], [Item(0, "tvg", clip)], settings, completions=0)
+        span = rewards.parse_span(text, block)
+        found = f"{span[0]:g} to {span[1]:g} s" if span else "no span"
+        say(f"\n{sample.query}: {found}\n{text}")
 
 
 def main(settings: EvalSettings, device):
+    if settings.video:
+        return search_video(settings, device)
     samples = data.load_samples(settings)
     if settings.against and not read_predictions(settings.against):
         raise UserError(f"--against {settings.against}: holds no predictions; give the --output of another evaluation.")
@@ -295,7 +293,9 @@ def main(settings: EvalSettings, device):
         if metrics[name]:
             say(f"  {name}: {metrics[name]}")
     if settings.against:
-        print_comparison(settings, samples)
+        ours = read_predictions(settings.output, samples)
+        theirs = read_predictions(settings.against, samples)
+        say(format_comparison(paired_bootstrap(ours, theirs, settings.grounding())))
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ def train(config: Config, device: torch.device):
     samples, completions, tasks = data.load_imitated(config) if config.demonstrations else data.load_training(config)
     held_out = []
     if config.eval_every:
-        held_out = data.load_samples(config, config.eval_annotations, config.eval_videos, "--eval-annotations")
+        held_out = data.load_samples(config, config.eval_annotations, config.eval_videos, "--eval-annotations", "best")
     origin = checkpoints.note_origin(config, resume_from, samples, completions, tasks)
     sampler = data.make_sampler(config, samples, prompts_per_iteration, dist.get_rank(), dist.get_world_size())
     total = sampler.iterations

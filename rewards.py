@@ -5,9 +5,8 @@
     ar   action recognition         one word, a verb of the query                                 Eq. 6, 11
     vd   video description          a text that holds the query's verbs                           Eq. 7, 11
 
-Read from top to bottom: the rewards, the table of tasks, how a completion is read, how two verbs compare. Each task
-adds a format reward (Eq. 9), so a total lies between 0 and 2. Training and evaluation read a completion with the same
-parser.
+Read from top to bottom: the rewards, the table of tasks, the one parser of completions (in training and evaluation),
+how two verbs compare. Each task adds a format reward (Eq. 9), so a total lies between 0 and 2.
 
 Verbs are compared as roots: "closes" and "closed" have the root "close". SpaCy(.) in the paper is `root` here, and
 engine/verbs.py shows how spaCy finds `verbs`, their `root`, and the query with its verbs blanked out (`mask_verbs`).
@@ -220,14 +219,15 @@ def suitable(task: str, queries: list[str]) -> list[bool]:
 def score(task: str, completion: str, sample, **settings) -> dict[str, float]:
     """The parts of a completion's reward by name, and their sum "total": by default 0 to 2 (Eq. 10, 11).
 
-    `sample` is a data.Sample, `settings` are fields of `Scoring`. "vd_verbs", the number of distinct verbs in a
-    description, is logged and is no part of the sum: a rising count is the sign of a model that lists verbs.
-    Raises KeyError for an unknown task and TypeError for an unknown setting.
+    `sample` is a data.Sample, of whose segments the best counts; `settings` are fields of `Scoring`. "vd_verbs", the
+    distinct verbs of a description, is logged and no part of the sum: it rises where a model lists verbs. Raises
+    KeyError for an unknown task and TypeError for an unknown setting.
     """
     scoring = Scoring(**settings)
     form = format_reward(task, completion, scoring)
     if task == "tvg":
-        return scoring.grounding.reward(completion, sample, form)  # Eq. 10
+        parts = [scoring.grounding.reward(completion, one, form) for one in sample.by_segment()]  # Eq. 10
+        return max(parts, key=lambda p: p["iou"])
     inversion = INVERSIONS[task]
     answer = parse_answer(completion) or ""
     reward = inversion.reward(answer, sample.query, scoring)

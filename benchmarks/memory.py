@@ -417,7 +417,7 @@ def print_run(settings):
     rows = settings.rows
     source = "--rows"
     if Path(settings.annotations).exists():
-        samples = load_annotations(settings.annotations, settings.videos, settings.single_window)
+        samples = load_annotations(settings.annotations, settings.videos, settings.windows)
         rows = len(prepare_training(samples)[0])
         source = settings.annotations
     prompts = settings.micro_batch * settings.accumulation * settings.world_size

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from engine.formats import (
     ROW_ERRORS,
     Row,
     RowError,
+    excerpt_of,
     lines_of,
     number,
     parse_json,
@@ -21,6 +23,8 @@ from engine.formats import (
     records_of,
     shown,
 )
+from engine.runtime import say
+from engine.settings import UserError
 from engine.text import encodable, normalize_query
 from engine.video import video_duration
 
@@ -34,7 +38,9 @@ class Sample:
     """A query and its segment: `start` and `end` in seconds, `duration` in seconds or None where not annotated.
 
     `qid` is the annotation's own id of the query, or the row's place in its file. `folder` is the video's place inside
-    the video folder, for annotations that name one.
+    the video folder, for annotations that name one. `excerpt` is the part of the file that is the sample's video, from
+    and to these of the file's seconds; all times of the sample count from its beginning. None: the whole file.
+    `alternatives` are further segments that answer the query; a measurement counts the best one.
     """
 
     video: str
@@ -44,10 +50,16 @@ class Sample:
     duration: float | None = None
     qid: str = ""
     folder: str = field(default="", compare=False)
+    excerpt: tuple[float, float] | None = None
+    alternatives: tuple[tuple[float, float], ...] = ()
 
     def video_name(self):
         """The video as an annotation names it: its path inside the video folder."""
         return "/".join(filter(None, (self.folder, Path(self.video).name)))
+
+    def by_segment(self):
+        """-> the sample with each of the segments that answer its query, one at a time."""
+        return [self, *(replace(self, start=start, end=end) for start, end in self.alternatives)]
 
 
 @dataclass(frozen=True)
@@ -59,12 +71,16 @@ class Demonstration:
     completion: str
 
 
-def load_annotations(path, video_dir, single_window=False):
+WINDOWS = ("each", "best", "single")
+
+
+def load_annotations(path, video_dir, windows="each"):
     """Read every row of an annotation file, dropping none, as a list of `Sample` in the file's order.
 
-    The content, not the name, tells the format; READ lists them. In QVHighlights each relevant window becomes a sample,
-    as in the paper, and `single_window` keeps only queries with exactly one. Videos are looked up in `video_dir` by
-    name.
+    The content, not the name, tells the format; READ lists them. In QVHighlights, whose queries have one relevant
+    window or several, `windows` says what becomes a sample: "each" window, as in the paper; each query, with all its
+    windows, of which the "best" counts; or each query that has a "single" window. Videos are looked up in `video_dir`
+    by name.
 
     Raises ValueError naming the file and the line (or key, or item) of a malformed row.
     """
@@ -78,18 +94,20 @@ def load_annotations(path, video_dir, single_window=False):
         try:
             if parse is None:
                 raise RowError(shown(record))
-            rows = parse(record)
-            if single_window and parse is parse_qvhighlights and len(rows) != 1:
-                continue
-            for row in rows:
-                samples.append(_sample(find, row, where))
+            made = [_sample(find, row, where) for row in parse(record)]
         except ROW_ERRORS as error:
             raise ValueError(f"{path}, {where}: not a readable annotation row ({reason_of(error, record)}); the README "
                              "lists the formats that are read.") from error
+        if parse is parse_qvhighlights and len(made) > 1 and windows != "each":
+            first, *others = made
+            made = []
+            if windows == "best":
+                made = [replace(first, alternatives=tuple((s.start, s.end) for s in others))]
+        samples += made
     if not samples:
         raise ValueError(f"{path}: holds no annotation row; the README lists the formats that are read.")
     _refuse_frames(path, samples)
-    return samples
+    return settle_excerpts(samples)
 
 
 def load_demonstrations(path, video_dir, tasks):
@@ -114,7 +132,8 @@ def load_demonstrations(path, video_dir, tasks):
             completion = r["completion"] if "completion" in r else r["solution"]
             if not isinstance(completion, str):
                 raise RowError(f"completion {completion!r} is no text")
-            row = Row(r["video"], r["start"], r["end"], r.get("video_length"), r["query"], "")
+            excerpt = excerpt_of(r, "video_start", "video_end")
+            row = Row(r["video"], r["start"], r["end"], r.get("video_length"), r["query"], "", excerpt)
             completion = without_end_token(encodable(completion))
             demonstrations.append(Demonstration(_sample(find, row, where), r["task"], completion))
         except ROW_ERRORS as error:
@@ -136,13 +155,33 @@ def without_end_token(completion):
 
 def demonstration_row(sample, task, completion):
     """-> one line, a dictionary, of a file that `load_demonstrations` reads."""
-    return {"video": sample.video_name(), "query": sample.query, "start": sample.start, "end": sample.end,
-            "task": task, "completion": completion}
+    row = {"video": sample.video_name(), "query": sample.query, "start": sample.start, "end": sample.end,
+           "task": task, "completion": completion}
+    return row | excerpt_fields(sample)
+
+
+def excerpt_fields(sample):
+    """Where a sample's video lies in its file, in the field names of Time-R1; {} where it is the whole file."""
+    return dict(zip(("video_start", "video_end"), sample.excerpt or ()))
 
 
 def missing_videos(samples):
     """-> the sorted paths of `samples` that are no files."""
     return sorted(video for video in {s.video for s in samples} if not os.path.isfile(video))
+
+
+def report_missing(samples, allowed):
+    """List the videos that are not there; raise UserError unless that is `allowed`."""
+    missing = missing_videos(samples)
+    if missing:
+        folder = Path(missing[0]).parent
+        if not folder.is_dir():
+            raise UserError(f"--videos {folder}: there is no such folder; name the one that holds the video files.")
+        shown = missing[:20] + ([f"and {len(missing) - 20} more"] if len(missing) > 20 else [])
+        say("missing: " + "\nmissing: ".join(shown))
+        if not allowed:
+            raise UserError(f"{len(missing)} of {len({s.video for s in samples})} videos are missing (named above); "
+                            "see --videos, or go on without them with --allow-missing-videos.")
 
 
 def prepare_training(samples):
@@ -195,7 +234,29 @@ def _sample(find, row, where):
     if not query:
         raise RowError("the sentence is empty")
     folder, _ = _name_parts(row.video)
-    return Sample(find(row.video), query, start, end, duration, str(row.qid or where), folder)
+    if row.excerpt and duration is None:
+        duration = row.excerpt[1] - row.excerpt[0]
+    return Sample(find(row.video), query, start, end, duration, str(row.qid or where), folder, row.excerpt)
+
+
+def settle_excerpts(samples):
+    """Drop the excerpts of files that have been cut to them already -> the samples.
+
+    A file of which the rows name different parts is whole. Any other has been cut if it is as long as its excerpt, to a
+    second, or if it ends before the segment that its row would find in a whole file.
+    """
+    parts = defaultdict(set)
+    for s in samples:
+        parts[s.video].add(s.excerpt)
+    settled = []
+    for s in samples:
+        if s.excerpt and len(parts[s.video]) == 1:
+            start, end = s.excerpt
+            length = video_duration(s.video) or math.inf
+            if abs(length - (end - start)) <= 1 or length < start + s.end - 1:
+                s = replace(s, excerpt=None)
+        settled.append(s)
+    return settled
 
 
 def _refuse_frames(path, samples):

@@ -195,7 +195,7 @@ def note_origin(config, resume_from, samples, completions, tasks):
     digest of all that it learns from. A run that goes on keeps its start, also where --model has a newer checkpoint by
     now. Raises UserError where the rows or the start's weights have changed.
     """
-    rows = [[Path(s.video).name, s.query, s.start, s.end] for s in samples]
+    rows = [[Path(s.video).name, s.query, s.start, s.end, *filter(None, (s.excerpt, s.alternatives))] for s in samples]
     digest = hashlib.sha256(json.dumps([rows, completions, tasks]).encode()).hexdigest()
     if not resume_from:
         start = find_model(config.model)

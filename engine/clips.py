@@ -5,9 +5,11 @@ Where workers are spawned (macOS), each imports this module and what it names: n
 
 import collections
 import contextlib
+import math
 import multiprocessing
 import signal
 import sys
+import textwrap
 from dataclasses import dataclass, field
 
 from torch.utils.data import DataLoader, Dataset
@@ -31,9 +33,22 @@ class Item:
 
 
 def read_clip(sample, task: str, **clip_settings) -> Clip:
-    """The whole video for TVG, the ground-truth segment alone for an inversion task (Eq. 2)."""
-    segment = {} if task == "tvg" else {"start": sample.start, "end": sample.end}
-    return read_video(sample.video, **segment, **clip_settings)
+    """The whole video for TVG, the ground-truth segment alone for an inversion task (Eq. 2).
+
+    Where the video is an excerpt of its file, nothing outside of that is read.
+    """
+    start, end = sample.excerpt or (0.0, None)
+    if task != "tvg":
+        segment_end = start + sample.end
+        start, end = start + sample.start, segment_end if end is None else min(segment_end, end)
+    return read_video(sample.video, start=start, end=end, **clip_settings)
+
+
+def frames_in_words(clip: Clip, path: str) -> str:
+    """Size, rate and true times of a clip's frames, in lines for the screen."""
+    height, width = clip.frames.shape[2:]
+    times = textwrap.fill(", ".join(f"{t:.2f}" for t in clip.times) + " s", 118)
+    return f"{len(clip.times)} frames of {width} x {height} pixels, {clip.fps:g} a second, taken from {path} at\n{times}"
 
 
 class Clips(Dataset):

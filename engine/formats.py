@@ -23,6 +23,7 @@ class Row(NamedTuple):
     duration: float | None
     sentence: str
     qid: str
+    excerpt: tuple | None = None  # start and end, in the file's seconds, of the part of the file that is the video
 
 
 class RowError(ValueError):
@@ -188,12 +189,23 @@ def _parse_tvgbench(r):
     times = re.fullmatch(r"\s*([\d.]+)\s*-\s*([\d.]+)\s*", r["answer"])
     if not times:
         raise RowError(f"the answer \"{r['answer']}\" is not \"start-end\"")
-    return [Row(r["path"], times[1], times[2], r.get("duration"), r["question"], "")]
+    return [Row(r["path"], times[1], times[2], r.get("duration"), r["question"], "", excerpt_of(r, "start", "end"))]
 
 
 def _parse_time_r1(r):
-    start, end = r["timestamp"]  # its video_start is a note, the files are already cut
-    return [Row(r["video"], start, end, r.get("duration"), r["sentence"], r.get("qid", ""))]
+    start, end = r["timestamp"]
+    excerpt = excerpt_of(r, "video_start", "video_end")
+    return [Row(r["video"], start, end, r.get("duration"), r["sentence"], r.get("qid", ""), excerpt)]
+
+
+def excerpt_of(r, start, end):
+    """The excerpt that two fields of a record name; None where neither is given."""
+    if r.get(start) is None and r.get(end) is None:
+        return None
+    excerpt = number(r.get(start)), number(r.get(end))
+    if not 0 <= excerpt[0] < excerpt[1] < math.inf:
+        raise RowError(f"{start} {excerpt[0]:g} and {end} {excerpt[1]:g} name no part of a video")
+    return excerpt
 
 
 def _parse_list(item):

@@ -1,7 +1,12 @@
 """The predictions of an evaluation, as they lie in its folder."""
 
+import dataclasses
 import json
 from pathlib import Path
+
+import torch.distributed as dist
+
+from engine.settings import UserError, changed_options
 
 
 def key_of(prediction):
@@ -15,14 +20,23 @@ def video_bytes(sample) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
+def identity(sample) -> dict:
+    """What a prediction notes of its sample. Its IoU is that with the best of the truth and the alternatives."""
+    return {"video": sample.video, "bytes": video_bytes(sample), "query": sample.query,
+            "truth": [sample.start, sample.end], "alternatives": sample.alternatives, "excerpt": sample.excerpt}
+
+
 def answers(prediction, samples) -> bool:
-    """Whether a prediction is of its row as it is today: of the same video, query and times."""
+    """Whether a prediction is of its row as it is today: of the same video, query and times.
+
+    Raises KeyError for a prediction of an earlier version, which noted less.
+    """
     if prediction["row"] >= len(samples):
         return False
     s = samples[prediction["row"]]
-    today = [Path(s.video).name, video_bytes(s), s.query, [s.start, s.end]]
-    then = [Path(prediction["video"]).name, prediction["bytes"], prediction["query"], prediction["truth"]]
-    return then == today
+    then = {name: prediction[name] for name in identity(s)}
+    today = json.loads(json.dumps(identity(s)))  # tuples become lists
+    return then | {"video": Path(then["video"]).name} == today | {"video": Path(today["video"]).name}
 
 
 def late_rows(predictions) -> list[str]:
@@ -52,3 +66,42 @@ def read_predictions(output, samples=None) -> list[dict]:
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
     return [predictions[key] for key in sorted(predictions)]
+
+
+def claim_output(settings, model: str):
+    """Raise UserError when --output holds predictions of another model (by fingerprint) or settings; else note it."""
+    record = Path(settings.output) / "settings.json"
+    held = any(record.parent.glob("predictions*.jsonl")) and record.exists()
+    if held:
+        before = json.loads(record.read_text(encoding="utf-8"))
+        changed = changed_options(before | {"model": settings.model}, settings)  # the model is compared apart:
+        if before["model"] != model:
+            changed.append("--model")
+        if settings.samples and before.get("micro_batch") != settings.micro_batch:  # greedy answers do not depend on it
+            changed.append("--micro-batch")
+        if changed:
+            raise UserError(f"--output {settings.output} holds predictions made with another {', '.join(changed)}; "
+                            "name another folder.")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        noted = dataclasses.asdict(settings) | {"model": model}
+        record.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+
+
+def format_metrics(metrics: dict) -> str:
+    """Metrics -> a table of two lines for the screen."""
+    shown = {name: f"{value:.1f}" for name, value in metrics.items() if isinstance(value, float)}
+    widths = [max(len(name), len(value)) for name, value in shown.items()]
+    lines = []
+    for cells in (shown.keys(), shown.values()):
+        lines.append("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
+    return "\n".join(lines)
+
+
+def format_comparison(table: dict) -> str:
+    """What `evaluate.paired_bootstrap` returns -> a table, a line a metric."""
+    lines = [f"\n{'metric':<10}{'this':>8}{'other':>8}{'difference':>12}   95% interval over videos"]
+    for name, (a, b, low, high) in table.items():
+        lines.append(f"{name:<10}{a:8.1f}{b:8.1f}{a - b:+12.1f}   [{low:+.1f}, {high:+.1f}]")
+    return "\n".join(lines)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import rewards
-from engine.annotations import demonstration_row, load_annotations, load_demonstrations
+from engine.annotations import demonstration_row, excerpt_fields, load_annotations, load_demonstrations
 from engine.predictions import read_predictions
 from engine.settings import UserError, print_any_name
 from evaluate import evenly_spaced
@@ -70,10 +70,10 @@ def select_anchors(rollouts, min_anchors=2, min_iou=0.5):
     rule(f"at least {min_anchors} anchors", lambda r: len(anchors(r)) >= min_anchors)
     rule("IoU never falls from anchor to anchor and to the answer", lambda r: ious(r) == sorted(ious(r)))
     rule(f"IoU of the answer at least {min_iou:g}", lambda r: ious(r)[-1] >= min_iou)
-    fields = ("video", "query", "start", "end", "task", "completion")
-    unique = dict.fromkeys(tuple(r[field] for field in fields) for r in left)
+    fields = ("video", "query", "start", "end", "task", "completion", "video_start", "video_end")
+    unique = dict.fromkeys(tuple((field, r[field]) for field in fields if field in r) for r in left)
     counts.append(("not the same as another", len(unique)))
-    return [dict(zip(fields, values)) for values in unique], counts
+    return [dict(values) for values in unique], counts
 
 
 def mean_ious(predictions, samples):
@@ -83,8 +83,8 @@ def mean_ious(predictions, samples):
         if p["task"] == "tvg":
             s = samples[p["row"]] if p["row"] < len(samples) else None
             if s is None or (p["query"], *p["truth"]) != (s.query, s.start, s.end):
-                raise UserError(f"the predictions are of another annotation file: their row {p['row']} is "
-                                f"{p['query']!r}.")
+                raise UserError(f"the predictions are of another annotation file, or were made with another --windows: "
+                                f"their row {p['row']} is {p['query']!r}.")
             found[p["row"]].append(p["parts"]["iou"])
     missing = sum(not ious for ious in found)
     if missing:
@@ -144,7 +144,7 @@ def read_rollouts(folder):
 
 
 def run_invert_sft(args):
-    samples = load_annotations(args.annotations, "", args.single_window)
+    samples = load_annotations(args.annotations, "", args.windows)
     rows = invert_sft(samples)
     print(f"{len(samples)} rows, {len(rows)} with start < end")
     return rows
@@ -171,7 +171,7 @@ def run_anchors(args):
 
 
 def run_difficulty(args):
-    samples = load_annotations(args.annotations, "", args.single_window)
+    samples = load_annotations(args.annotations, "", args.windows)
     if not Path(args.predictions).is_dir():
         raise UserError(f"--predictions {args.predictions}: is no folder; give the --output of evaluate.py.")
     difficulty = mean_ious(read_predictions(args.predictions), samples)
@@ -183,7 +183,8 @@ def run_difficulty(args):
     for i in kept:
         s = samples[i]
         rows.append({"video": s.video_name(), "duration": s.duration, "timestamp": [s.start, s.end],
-                     "sentence": s.query, "qid": s.qid, "difficulty": round(100 * difficulty[i], 2)})
+                     "sentence": s.query, "qid": s.qid, "difficulty": round(100 * difficulty[i], 2)}
+                    | excerpt_fields(s))
     return rows
 
 
@@ -228,8 +229,8 @@ def parse(argv=None):
 
     for name in ("invert-sft", "difficulty"):
         add[name].add_argument("--annotations", required=True, help="any file that training reads")
-        add[name].add_argument("--single-window", action="store_true",
-                               help="QVHighlights: only queries with exactly one relevant window")
+        add[name].add_argument("--windows", choices=("each", "single"), default="each",
+                               help="QVHighlights: each window is a row, or each query with a single one [each]")
     add["longest"].add_argument("--demonstrations", required=True, help="jsonl, also in TVG-R1's field names")
     add["longest"].add_argument("--share", type=number(float, 1e-9, 1), default=0.5, help="kept, of all [0.5]")
     add["anchors"].add_argument("--rollouts", required=True, help="the --output of a run with --save-rollouts 1")

@@ -24,6 +24,7 @@ from engine.annotations import (
     prepare_training,
 )
 from engine.text import normalize_query
+from engine.video import video_duration
 
 ROWS = Path(__file__).parent / "data"
 TASKS = ("tvg", "vc", "ar", "vd")
@@ -78,12 +79,80 @@ def test_both_forms_of_charades_hold_the_same_rows():
     assert [(s.video, s.query, s.start, s.end) for s in txt] == [(s.video, s.query, s.start, s.end) for s in js]
 
 
-def test_each_window_is_a_sample_and_single_window_drops_the_queries_with_more():
-    assert [s.qid for s in load_annotations(ROWS / "qvhighlights.jsonl", "v")] == [
-        "8636:0", "781:0", "6228:0", "6228:1", "8994:0", "8994:1"]
-    single = load_annotations(ROWS / "qvhighlights.jsonl", "v", single_window=True)
-    assert [s.qid for s in single] == ["8636:0", "781:0"]
-    assert len(load_annotations(ROWS / "charades.json", "v", single_window=True)) == 6  # an option of QVHighlights only
+def test_a_window_a_query_or_a_query_with_one_window_is_a_sample():
+    def segments(windows):
+        samples = load_annotations(ROWS / "qvhighlights.jsonl", "v", windows)
+        return [[(int(one.start), int(one.end)) for one in sample.by_segment()] for sample in samples]
+
+    assert segments("each") == [[(36, 60)], [(6, 20)], [(8, 12)], [(24, 34)], [(4, 8)], [(14, 24)]]
+    assert segments("best") == [[(36, 60)], [(6, 20)], [(8, 12), (24, 34)], [(4, 8), (14, 24)]]
+    assert segments("single") == [[(36, 60)], [(6, 20)]]
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if "qvhighlights" not in name])
+def test_windows_change_no_other_format(name):
+    rows = [load_annotations(ROWS / name, "v", windows) for windows in ("each", "best", "single")]
+    assert rows[0] == rows[1] == rows[2]
+
+
+# ---- Excerpts: rows whose video is a part of its file
+
+
+def tvgbench(*rows):
+    """(path, start, end, answer) -> the text of a TVGBench file."""
+    return json.dumps([{"path": path, "question": "a door", "answer": answer, "start": start, "end": end,
+                        "duration": None if start is None else end - start} for path, start, end, answer in rows])
+
+
+def excerpts(tmp_path, *rows):
+    (tmp_path / "rows.json").write_text(tvgbench(*rows))
+    return [sample.excerpt for sample in load_annotations(tmp_path / "rows.json", tmp_path)]
+
+
+def test_a_row_of_tvgbench_or_time_r1_names_the_part_of_the_file_that_its_times_count_in(tmp_path):
+    write_video(tmp_path / "a.mp4")  # 4 s
+    assert excerpts(tmp_path, ("x/a.mp4", 1.5, 4.0, "0.5-1.5")) == [(1.5, 4.0)]
+    row = {"video": "x/a.mp4", "timestamp": [0.5, 1.5], "sentence": "a door", "video_start": 1.5, "video_end": 4.0}
+    for name, sample in {"rows.json": row, "null.json": row | {"video_start": None, "video_end": None}}.items():
+        (tmp_path / name).write_text(json.dumps([sample]))
+    (sample,) = load_annotations(tmp_path / "rows.json", tmp_path)
+    assert (sample.start, sample.end, sample.duration, sample.excerpt) == (0.5, 1.5, 2.5, (1.5, 4.0))
+    assert load_annotations(tmp_path / "null.json", tmp_path)[0].excerpt is None
+
+
+@pytest.mark.parametrize("seconds, answer, cut", [
+    (40, "0.5-1.5", False),  # the whole file, of which 8 to 12 s are the video
+    (4, "0.5-1.5", True),  # as long as the excerpt
+    (11, "0.5-1.5", False),  # whole, though it ends before the excerpt does
+    (7, "0.5-1.5", True),  # ends before 8.5 to 9.5 s, where a whole file would have the segment
+])
+def test_a_file_that_has_been_cut_to_its_excerpt_is_known_by_its_length(tmp_path, seconds, answer, cut):
+    write_video(tmp_path / "a.mp4", [i / 2 for i in range(2 * seconds)])
+    video_duration.cache_clear()
+    assert excerpts(tmp_path, ("a.mp4", 8.0, 12.0, answer)) == [None if cut else (8.0, 12.0)]
+
+
+def test_a_file_with_two_excerpts_is_whole_however_long(tmp_path):
+    write_video(tmp_path / "a.mp4")  # 4 s, as long as each excerpt; the first one runs over its end
+    rows = [("a.mp4", 2.0, 6.0, "0.5-1.5"), ("a.mp4", None, None, "2.5-3.5")]
+    assert excerpts(tmp_path, *rows) == [(2.0, 6.0), None]
+    assert excerpts(tmp_path, ("none.mp4", 2.0, 6.0, "0.5-1.5")) == [(2.0, 6.0)]  # a video that is missing
+
+
+@pytest.mark.parametrize("start, end", [(3.0, 2.0), (-1.0, 2.0), (1.0, None), (None, 2.0), (1.0, math.inf)])
+def test_an_excerpt_that_is_none_is_refused(tmp_path, start, end):
+    row = {"path": "a.mp4", "question": "a door", "answer": "0-1", "start": start, "end": end}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match="rows.json, item 0: not a readable annotation row"):
+        load_annotations(tmp_path / "rows.json", tmp_path)
+
+
+def test_an_excerpt_goes_from_stage_to_stage(tmp_path):
+    sample = Sample("v/a.mp4", "a door", 0.5, 1.5, 4.0, excerpt=(8.0, 12.0))
+    path = tmp_path / "demos.jsonl"
+    path.write_text(json.dumps(demonstration_row(sample, "tvg", "x")) + "\n")
+    (demonstration,) = load_demonstrations(path, "v", ("tvg",))
+    assert demonstration.sample.excerpt == (8.0, 12.0)
 
 
 def test_a_jsonl_of_one_line_is_still_qvhighlights(tmp_path):

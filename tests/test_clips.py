@@ -36,6 +36,16 @@ def test_tvg_sees_the_whole_video_and_inversions_the_segment_alone(tmp_path):
         assert shown(read_clip(sample, task)) == [10, 15]
 
 
+def test_of_an_excerpt_nothing_outside_is_read_and_times_count_from_its_beginning(tmp_path):
+    video = str(write_video(tmp_path / "a.mp4"))  # frame i at i / 10 s, to 3.9 s
+    sample = Sample(video, "q", 0.5, 1.5, excerpt=(1.0, 3.0))
+    assert shown(read_clip(sample, "tvg")) == [10, 15, 20, 25]
+    beyond = Sample(video, "q", 1.0, 3.0, excerpt=(1.0, 3.0))  # its segment ends after the excerpt
+    for task in INVERSIONS:
+        assert shown(read_clip(sample, task)) == [15, 20]
+        assert shown(read_clip(beyond, task)) == [20, 25]
+
+
 @pytest.fixture
 def mixed(tmp_path):
     """Eight samples, of which the even ones have no readable video."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import measure, reply, scripted, write_video
+from conftest import measure, reply, scripted, write_lines, write_video
 
 import evaluate
 import rewards
@@ -266,6 +266,89 @@ def test_a_model_that_is_not_there_is_one_sentence(settings, capsys):
         launch(evaluate.main, dataclasses.replace(settings, model="no/such-model"))
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "no/such-model" in message
+
+
+# ------------------------------------------------------------------------------------------------ QVHighlights
+
+
+@pytest.fixture()
+def highlights(settings, tmp_path):
+    """Two queries, the second with two relevant windows."""
+    rows = [{"qid": 1, "query": "person runs.", "vid": "AAA", "duration": 5, "relevant_windows": [[0, 4]]},
+            {"qid": 2, "query": "person sits.", "vid": "BBB", "duration": 5, "relevant_windows": [[0, 1], [2, 4]]}]
+    path = write_lines(tmp_path / "highlights.jsonl", rows)
+    return dataclasses.replace(settings, annotations=path, tasks=("tvg",), max_new_tokens=60)
+
+
+@pytest.mark.parametrize("windows, ious", [  # of 1 to 4, with 0 to 4; with 0 to 1 and 2 to 4
+    ({}, [3 / 4, 2 / 3]), ({"windows": "each"}, [3 / 4, 0, 2 / 3]), ({"windows": "single"}, [3 / 4])])
+def test_a_query_of_qvhighlights_is_a_row_whose_best_window_counts(highlights, windows, ious):
+    with scripted(reply("1 to 4")):
+        metrics = measure(highlights, **windows)
+    assert metrics["mIoU"] == pytest.approx(100 * np.mean(ious)) and metrics["rows"] == {"tvg": len(ious)}
+
+
+def test_a_prediction_notes_all_windows_and_is_made_again_when_one_has_changed(highlights):
+    with scripted(reply("2 to 4")) as calls:
+        measure(highlights)
+        measure(highlights)
+        assert [len(call.prompts) for call in calls] == [2]
+        noted = lines(highlights)[1]
+        assert (noted["truth"], noted["alternatives"], noted["parts"]["iou"]) == ([0, 1], [[2, 4]], 1)
+        path = Path(highlights.annotations)
+        path.write_text(path.read_text(encoding="utf-8").replace("[2, 4]", "[3, 4]"), encoding="utf-8")
+        metrics = measure(highlights)
+    assert [len(call.prompts) for call in calls] == [2, 1]
+    assert metrics["mIoU"] == pytest.approx(50)  # 2 to 4 against 0 to 4, and against 3 to 4
+
+
+# ------------------------------------------------------------------------------------------------ one's own video
+
+OWN = ["--video", "my.mp4", "--query", "person runs"]
+
+
+def test_a_video_of_ones_own_is_searched_as_the_checkpoint_was_trained(settings, trained, capsys):
+    record = trained / "checkpoint-000002" / "run.json"
+    state = json.loads(record.read_text(encoding="utf-8"))
+    record.write_text(json.dumps(state | {"config": state["config"] | {"max_new_tokens": 60}}), encoding="utf-8")
+    video = Path(settings.videos) / "AAA.mp4"  # four seconds
+    argv = ["--model", str(trained), "--video", str(video), "--query", "Person runs.", "a red lamp"]
+    found = parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with)
+    with scripted(reply("1 to 2.5")) as calls:
+        launch(evaluate.main, found)
+    assert len(calls) == 2 and all(call.temperature == 0 for call in calls)
+    (first,) = calls[0].questions()
+    assert 'the event "person runs" in the video' in first and "<timestamp>" in first  # trained with anchors
+    printed = capsys.readouterr().out
+    assert "4 frames of" in printed and "1 a second" in printed and "0.00, 1.00, 2.00, 3.00 s" in printed
+    assert f"person runs: 1 to 2.5 s\n{reply('1 to 2.5')}" in printed
+    assert not Path(found.output).exists()
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--video", "my.mp4"], "--video has no meaning without --query"),
+    (["--query", "person runs"], "--query has no meaning without --video"),
+    (["--video", "my.mp4", "--query", " . "], "--query ' . ' says nothing"),
+    ([*OWN, "--annotations", "rows.txt"], "--annotations has no meaning with --video"),
+    ([*OWN, "--videos", "folder"], "--videos has no meaning with --video"),
+    ([*OWN, "--against", "other"], "--against has no meaning with --video"),
+    ([*OWN, "--output", "other"], "--output has no meaning with --video"),
+    ([*OWN, "--windows", "each"], "--windows has no meaning with --video"),
+    ([*OWN, "--tasks", "vc"], "--tasks has no meaning with --video"),
+    ([*OWN, "--samples", "4"], "--samples has no meaning with --video"),
+    ([*OWN, "--limit", "4"], "--limit has no meaning with --video")])
+def test_what_does_not_go_with_a_video_of_ones_own_is_one_sentence(argv, words, capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(evaluate.EvalSettings, "", argv)
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1
+
+
+def test_a_video_that_cannot_be_read_is_one_sentence(settings, capsys):
+    with pytest.raises(SystemExit):
+        launch(evaluate.main, dataclasses.replace(settings, video="none.mp4", query=("person runs",)))
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "none.mp4" in message
 
 
 # ------------------------------------------------------------------------------------------------ settings

@@ -2,7 +2,6 @@
 
 import string
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
+from data import Sample
 from engine.verbs import cosine_similarity, mask_verbs, verbs
 from rewards import (
     FORMATS,
@@ -37,7 +37,7 @@ BINARY, COSINE, ANSWER_ALONE = Scoring(), Scoring(inversion_reward="cosine"), Sc
 
 
 def sample(query=DOOR, start=2.0, end=6.0):
-    return SimpleNamespace(query=query, start=start, end=end)
+    return Sample("a.mp4", query, start, end)
 
 
 def thought(answer):
@@ -137,6 +137,14 @@ def test_iou_is_symmetric_and_within_bounds(a, b):
 def test_grounding_adds_format_and_iou():
     assert score("tvg", thought("4 to 8"), sample()) == {"format": 1, "iou": 2 / 6, "total": 1 + 2 / 6}
     assert score("tvg", "<answer>4 to 8</answer>", sample()) == {"format": 0, "iou": 2 / 6, "total": 2 / 6}
+
+
+def test_of_several_segments_the_best_counts():
+    one = Sample("a.mp4", "q", 0.0, 2.0, alternatives=((10.0, 14.0), (20.0, 21.0)))
+    for answer, iou in [("0 to 2", 1), ("11 to 13", 1 / 2), ("10 to 21", 4 / 11), ("30 to 40", 0)]:
+        parts = score("tvg", thought(answer), one)
+        assert parts["iou"] == pytest.approx(iou) and parts["total"] == pytest.approx(1 + iou)
+
 
 
 def test_reversed_span_scores_zero():

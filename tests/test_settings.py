@@ -151,7 +151,7 @@ def test_evaluate_py_measures_the_rows_tasks_and_windows_named(words, tmp_path):
     rows = [{"qid": i, "vid": "AAA", "query": f"person runs {i} times", "duration": 5,
              "relevant_windows": [[0, 2], [3, 4]] if i == 1 else [[0, 2]]} for i in range(4)]
     words[3] = write_lines(tmp_path / "windows.jsonl", rows)
-    settings = parse(evaluate.EvalSettings, *words, "--limit", 2, "--tasks", "vd", "tvg", "--single-window")
+    settings = parse(evaluate.EvalSettings, *words, "--limit", 2, "--tasks", "vd", "tvg", "--windows", "single")
     with scripted(reply("1 to 2")) as calls:
         measure(settings)
     lines = lines_of(f"{settings.output}/predictions.0.jsonl")
