@@ -33,7 +33,9 @@ import grpo
 import rewards
 from engine import checkpoints
 from engine.clips import Clips, Item, read_ahead
-from engine.optimizer import data_parallel, sharded_adamw
+from engine.lora import MemorySettings, WithoutAdapters
+from engine.optimizer import sharded_adamw
+from engine.parallel import data_parallel, frozen_reference
 from engine.prompts import completion_texts, encode_completions
 from engine.rollouts import append_rollouts
 from engine.runtime import Log, StopSignal, combine, group_metrics, launch, random_generator, say
@@ -41,8 +43,8 @@ from engine.settings import UserError, flag, parse_settings
 
 
 @dataclass(frozen=True)
-class Config(data.Settings):
-    """The settings of a training run: those of data.Settings (files, videos, formats) and these.
+class Config(MemorySettings, data.Settings):
+    """The settings of a training run: those of data.Settings (files, videos, formats), of memory, and these.
 
     A number is above `above`, at least `least`, at most `most`. needs="x": valid only together with --x. unless="x":
     not allowed together with --x. free: may change when a run goes on. engine/settings.py checks all of this.
@@ -272,20 +274,18 @@ def update(run: Run, batches: list[Batch], lr: float) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ around it
 
 
-def make_run(config, device, samples, completions, sampler, folder, reference_folder) -> Run:
+def make_run(config, device, samples, completions, sampler, folder, start) -> Run:
     """Load the policy from one folder, its frozen reference from another, and make the optimiser."""
-    model, processor = checkpoints.load_model(folder, device)
-    model.model.visual.requires_grad_(config.train_vision)
-    if config.gradient_checkpointing:
-        checkpoints.recompute_activations(model)
+    model, processor = checkpoints.load_for_training(config, folder, start, device)
+    policy = grpo.Policy(model, processor.banned, config.temperature)
     reference = None
-    if config.kl_coef and not completions:
-        original, _ = checkpoints.load_model(reference_folder, device)
-        reference = grpo.Policy(original.requires_grad_(False).eval(), processor.banned, config.temperature)
-    policy = data_parallel(grpo.Policy(model, processor.banned, config.temperature))
-    optimizer = sharded_adamw(model, lr=config.peak_lr(), betas=config.betas, eps=config.adam_eps,
-                              weight_decay=config.weight_decay)
-    return Run(config, samples, completions, sampler, model, policy, reference, processor, optimizer)
+    if config.kl_coef and not completions and config.lora_rank:
+        reference = WithoutAdapters(policy)
+    elif config.kl_coef and not completions:
+        original, _ = checkpoints.load_model(start, device)
+        reference = frozen_reference(grpo.Policy(original, processor.banned, config.temperature), config.train_vision)
+    optimizer = sharded_adamw(model, config)
+    return Run(config, samples, completions, sampler, model, data_parallel(policy), reference, processor, optimizer)
 
 
 def train(config: Config, device: torch.device):
@@ -305,9 +305,7 @@ def train(config: Config, device: torch.device):
     checkpoints.start_output(config, resume_from)
     say(f"model: {resume_from or origin['start']}")
     run = make_run(config, device, samples, completions, sampler, resume_from or origin["start"], origin["start"])
-    if resume_from:
-        checkpoints.load_optimizer(resume_from, run.model, run.optimizer)
-    start = checkpoints.read_run(resume_from)["iteration"] if resume_from else 0
+    start = checkpoints.resume(resume_from, run.model, run.optimizer)
 
     # What each iteration needs on this rank: for every slot, a prompt's place in it, the samples to try until a video
     # can be read.

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from engine.attention import install_attention
+from engine.lora import add_adapters, merged_weights
 from engine.runtime import say
 from engine.settings import UserError, changed_options
 
@@ -105,6 +106,7 @@ def load_model(name, device):
             raise
         reason = str(error).strip().split("\n")[0]
         raise OSError(f"--model {name}: no Qwen2.5-VL model could be loaded from {folder} ({reason}).") from error
+    model = model.to(device)
     check_weights(name, model, loading)
     check_tokenizer(name, tokenizer, config)
     if not {"image_mean", "image_std"} <= pixels.keys():
@@ -117,7 +119,7 @@ def load_model(name, device):
     banned = ({model.config.video_token_id, model.config.image_token_id} | control | set(unwritable)) - ends
     eos_ids = torch.tensor(sorted(ends), device=device)
     banned_ids = torch.tensor(sorted(banned), device=device)
-    return model.to(device), Processor(tokenizer, pixels, eos_ids, banned_ids, folder)
+    return model, Processor(tokenizer, pixels, eos_ids, banned_ids, folder)
 
 
 def check_config(name, config):
@@ -157,10 +159,30 @@ def check_tokenizer(name, tokenizer, config):
                       "tokenizer_config.json of the model that it was made from.")
 
 
+def load_for_training(config, folder, start, device):
+    """The policy as it is in `folder` -> (model, Processor), with gradients for what the configuration trains.
+
+    Adapters begin on the weights that the run began with, in `start`; `load_optimizer` brings them to where they were.
+    """
+    model, processor = load_model(start if config.lora_rank else folder, device)
+    if config.lora_rank:
+        add_adapters(model, config)
+    else:
+        model.model.visual.requires_grad_(config.train_vision)
+    if config.gradient_checkpointing:
+        recompute_activations(model)
+    return model, processor
+
+
 def recompute_activations(model):
-    """Gradient checkpointing, which transformers calls activation checkpointing since 5.23."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    """Gradient checkpointing, which transformers calls activation checkpointing since 5.23.
+
+    A GPU's layers keep their inputs in host memory until then.
+    """
+    if not hasattr(model, "activation_checkpointing_enable"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.activation_checkpointing_enable({"use_reentrant": False}, offload=model.device.type != "cpu")
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -204,8 +226,9 @@ def note_origin(config, resume_from, samples, completions, tasks):
     if state["rows"] != digest:
         raise UserError(f"{config.demonstrations or config.annotations}: its rows, or the videos that are there, have "
                         f"changed since {resume_from} was written; name another --output.")
-    if config.kl_coef and not config.demonstrations and fingerprint(state["start"]) != state["start_fingerprint"]:
-        raise UserError(f"{state['start']}: the weights that the run began with, the reference of its KL, are gone or "
+    needed = config.lora_rank or config.kl_coef and not config.demonstrations
+    if needed and fingerprint(state["start"]) != state["start_fingerprint"]:
+        raise UserError(f"{state['start']}: the weights that the run began with, which it still needs, are gone or "
                         "changed; put them back, or name another --output.")
     return {name: state[name] for name in ("start", "start_fingerprint", "rows")}
 
@@ -252,7 +275,7 @@ def save_checkpoint(config, progress, model, processor, optimizer):
 
     `progress` is {"iteration": optimiser steps taken, "iterations": of the whole run, "prompts": of an iteration} and
     what `note_origin` gave. Every file of the checkpoint that the run began with is kept as it is; only the weights are
-    ours.
+    ours, adapters merged into them. The adapters themselves are saved beside their optimiser's state.
 
     It is written under another name and renamed when complete, so a crash never leaves a half checkpoint behind.
     """
@@ -261,13 +284,17 @@ def save_checkpoint(config, progress, model, processor, optimizer):
     partial = final.with_suffix(".partial")
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=merged_weights(model))
         keep_files(processor.folder, partial)
         record = progress | {"config": dataclasses.asdict(config)}
         (partial / "run.json").write_text(json.dumps(record), encoding="utf-8")
     dist.barrier()
     names = {p: name for name, p in model.named_parameters()}
-    torch.save({names[p]: state for p, state in optimizer.optim.state.items()}, partial / f"optimizer.{rank}.pt")
+    states = {names[p]: dict(state) for p, state in optimizer.optim.state.items()}
+    if config.lora_rank:
+        for p in optimizer.optim.state:
+            states[names[p]]["weight"] = p.detach()
+    torch.save(states, partial / f"optimizer.{rank}.pt")
     dist.barrier()
     if rank == 0:
         shutil.rmtree(final, ignore_errors=True)
@@ -293,16 +320,31 @@ def keep_files(folder, partial):
         path.chmod(0o666 & ~umask)  # the library's weights are readable by their owner alone
 
 
+def resume(checkpoint, model, optimizer):
+    """Go on from a checkpoint, where there is one -> optimiser steps taken until then."""
+    if not checkpoint:
+        return 0
+    load_optimizer(checkpoint, model, optimizer)
+    return read_run(checkpoint)["iteration"]
+
+
 def load_optimizer(checkpoint, model, optimizer):
-    """Give every parameter of this rank's shard its saved state, whatever number of ranks wrote it."""
-    names = {p: name for name, p in model.named_parameters()}
-    mine = {names[p]: p for group in optimizer.optim.param_groups for p in group["params"]}
+    """Give every parameter of this rank's shard its saved state, whatever number of ranks wrote it; adapters' weights
+    too, to every rank.
+    """
+    parameters = dict(model.named_parameters())
+    mine = {p for group in optimizer.optim.param_groups for p in group["params"]}
     for path in sorted(checkpoint.glob("optimizer.*.pt")):
         try:
             states = torch.load(path, map_location="cpu", mmap=True)
         except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise UserError(f"{path}: cannot be read; remove {checkpoint} to go on from the one before.") from error
         for name, state in states.items():
-            if name in mine:
-                moved = {k: v.to(model.device, copy=True) if torch.is_tensor(v) else v for k, v in state.items()}
-                optimizer.optim.state[mine.pop(name)] = moved
+            p = parameters[name]
+            if "weight" in state:
+                p.data.copy_(state.pop("weight"))
+            if p in mine:
+                own = optimizer.optim.state_of(p)
+                own["step"] = state.pop("step")
+                for key, value in state.items():
+                    own[key].copy_(value)

@@ -1,24 +1,20 @@
-"""Data parallelism, and AdamW for bfloat16 weights, sharded over the ranks."""
+"""AdamW for bfloat16 weights, sharded over the ranks, with its state on the device or in host memory."""
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
+
+from engine.settings import UserError
+
+SLICE = 2**24  # numbers that are updated at a time: 64 MiB in float32
 
 
-def data_parallel(policy):
-    """Average the policy's gradients over the ranks in each backward pass.
-
-    With gradient_as_bucket_view gradients live in DDP's buckets, not in a second copy. DDP rebuilds its buckets after
-    the first backward pass, and briefly holds both, unless their sizes (here 25 MB each) are given as a list.
-    """
-    return DistributedDataParallel(policy, gradient_as_bucket_view=True, bucket_cap_mb_list=[25])
-
-
-def sharded_adamw(model, **settings):
+def sharded_adamw(model, config):
     """AdamW over the model's trained parameters, with each rank holding a share of the state."""
     from torch.distributed.optim import ZeroRedundancyOptimizer  # not above: a mistyped option should not wait for it
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    return ZeroRedundancyOptimizer(trained, optimizer_class=MasterAdamW, **settings)
+    return ZeroRedundancyOptimizer(trained, optimizer_class=MasterAdamW, lr=config.peak_lr(), betas=config.betas,
+                                   eps=config.adam_eps, weight_decay=config.weight_decay,
+                                   offload=config.offload_optimizer)
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -26,10 +22,14 @@ class MasterAdamW(torch.optim.Optimizer):
 
     A bfloat16 weight has 8 bits: an update of 1e-6 to a weight of 0.02 is lost in rounding. In the master it adds up.
     The masters live in the optimiser's state so that ZeroRedundancyOptimizer shards them over ranks with the moments.
+
+    With `offload` the state lives in host memory, and a step moves it through the device slice by slice. Every number
+    is computed as without, so the results are equal bit for bit.
     """
 
-    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, offload=False):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, offload=offload))
+        self.room = None  # with `offload`: {p: tensors for its state}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -37,26 +37,78 @@ class MasterAdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     self._step_one(p, group)
+        if self.room and p.is_cuda:
+            torch.cuda.synchronize()  # the state is on its way back, and a checkpoint may read it next
 
     def _step_one(self, p, group):
-        lr = group["lr"]
-        beta1, beta2 = group["betas"]
-        grad = p.grad.float()
+        offload = self.defaults["offload"]
+        state = self.state_of(p)
+        state["step"] += 1
+        held = [state[name] for name in state_tensors(p)]
+        for grad, weight, *host in zip(*(x.view(-1).split(SLICE) for x in (p.grad, p, *held))):
+            moved = [x.to(p.device, non_blocking=True, copy=True) for x in host] if offload else host
+            update(weight, grad.float(), *moved, step=state["step"], group=group)
+            if offload:
+                for x, new in zip(host, moved):
+                    x.copy_(new, non_blocking=True)
+
+    @torch.no_grad()
+    def state_of(self, p):
+        """The state of a parameter, made where there is none yet -> {"step", and the tensors of `state_tensors`}."""
         state = self.state[p]
         if not state:
+            names = state_tensors(p)
+            if self.defaults["offload"]:
+                self.room = self.room or host_room([p for group in self.param_groups for p in group["params"]])
+                tensors = self.room[p]
+            else:
+                tensors = [torch.empty_like(p, dtype=torch.float32) for _ in names]
+            state.update(zip(names, tensors))
             state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(grad)
-            state["exp_avg_sq"] = torch.zeros_like(grad)
-            if p.dtype != torch.float32:
-                state["master"] = p.float()
-        master = state.get("master", p)
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
+            if "master" in state:
+                state["master"].copy_(p)
+        return state
 
-        state["step"] += 1
-        master.mul_(1 - lr * group["weight_decay"])
-        state["exp_avg"].lerp_(grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        variance = state["exp_avg_sq"] / (1 - beta2 ** state["step"])
-        deviation = variance.sqrt_().add_(group["eps"])
-        master.addcdiv_(state["exp_avg"], deviation, value=-lr / (1 - beta1 ** state["step"]))
-        if master is not p:
-            p.copy_(master)
+
+def state_tensors(p):
+    """Names of the float32 tensors in a parameter's state."""
+    return ("exp_avg", "exp_avg_sq") if p.dtype == torch.float32 else ("exp_avg", "exp_avg_sq", "master")
+
+
+def update(weight, grad, exp_avg, exp_avg_sq, master=None, *, step, group):
+    """One AdamW step in place; all but a bfloat16 `weight` are float32."""
+    lr = group["lr"]
+    beta1, beta2 = group["betas"]
+    full = weight if master is None else master
+    full.mul_(1 - lr * group["weight_decay"])
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    deviation = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    full.addcdiv_(exp_avg, deviation, value=-lr / (1 - beta1**step))
+    if master is not None:
+        weight.copy_(master)
+
+
+def host_room(parameters):
+    """-> {p: float32 tensors of its shape, one for each name of its state}, slices of one allocation in host memory.
+
+    For GPUs it is pinned, or copies would take twice as long. It is one allocation because PyTorch's own pinned memory
+    rounds each up to a power of two. Without a GPU the "host" is the parameters' own device.
+    """
+    device = parameters[0].device
+    shapes = [(p, p.shape) for p in parameters for _ in state_tensors(p)]
+    everything = torch.empty(sum(shape.numel() for _, shape in shapes), dtype=torch.float32,
+                             device="cpu" if device.type == "cuda" else device)
+    if device.type == "cuda":
+        try:
+            registered = torch.cuda.cudart().cudaHostRegister(everything.data_ptr(), everything.nbytes, 0)
+            torch.cuda.check_error(registered)
+        except RuntimeError as error:
+            raise UserError(f"--offload-optimizer: {everything.nbytes / 2**30:.1f} GiB of host memory for this process "
+                            f"could not be pinned ({error}); benchmarks/memory.py says what a run needs.") from error
+    room = {p: [] for p in parameters}
+    for (p, shape), part in zip(shapes, everything.split([shape.numel() for _, shape in shapes])):
+        room[p].append(part.view(shape))
+    return room

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from conftest import byte_tokenizer, tiny_model
 
+from benchmarks.memory import Storages
+from engine import optimizer
 from engine.optimizer import MasterAdamW
 
 
@@ -23,11 +26,66 @@ def test_master_weights_keep_updates_that_bfloat16_loses():
     # Near 0.02 bfloat16 numbers lie 0.00012 apart: steps of 1e-6 vanish one by one and count a thousandfold.
     p = torch.nn.Parameter(torch.full((1,), 0.02, dtype=torch.bfloat16))
     lost = p.detach().clone()
-    optimizer = MasterAdamW([p], lr=1e-6)
+    adamw = MasterAdamW([p], lr=1e-6)
     for _ in range(1000):
         p.grad = torch.ones_like(p)
-        optimizer.step()
+        adamw.step()
         lost -= 1e-6
     assert lost.item() == pytest.approx(0.02, rel=1e-2)
-    assert optimizer.state[p]["master"].item() == pytest.approx(0.02 - 0.001, abs=3e-5)
-    assert p.item() == optimizer.state[p]["master"].bfloat16().item() < 0.0195
+    assert adamw.state[p]["master"].item() == pytest.approx(0.02 - 0.001, abs=3e-5)
+    assert p.item() == adamw.state[p]["master"].bfloat16().item() < 0.0195
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_offloaded_state_takes_the_same_steps_bit_for_bit(dtype, monkeypatch):
+    monkeypatch.setattr(optimizer, "SLICE", 64)  # 5 slices of the first parameter, the last of 44 numbers
+    torch.manual_seed(0)
+    start = [torch.randn(20, 15), torch.randn(7)]
+    runs = []
+    for offload in (False, True):
+        parameters = [torch.nn.Parameter(x.to(dtype, copy=True)) for x in start]
+        runs.append((parameters, MasterAdamW(parameters, lr=1e-3, weight_decay=0.1, offload=offload)))
+    for _ in range(20):
+        gradients = [torch.randn(x.shape).to(dtype) for x in start]
+        for parameters, adamw in runs:
+            for p, gradient in zip(parameters, gradients):
+                p.grad = gradient.clone()
+            adamw.step()
+    (kept, on_device), (streamed, on_host) = runs
+    for p, other, before in zip(kept, streamed, start):
+        assert torch.equal(p, other) and not torch.equal(p, before.to(dtype))
+        assert on_device.state[p].keys() == on_host.state[other].keys()
+        for name, value in on_device.state[p].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(on_host.state[other][name])), name
+    # One allocation: 307 numbers, of each both moments and, of bfloat16, the master; 4 bytes a number.
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                for state in on_host.state.values() for x in state.values() if torch.is_tensor(x)}
+    assert list(storages.values()) == [4 * 307 * (3 if dtype == torch.bfloat16 else 2)]
+
+
+def test_slices_leave_the_results_as_they_are(monkeypatch):
+    results = []
+    for size in (64, 2**24):
+        monkeypatch.setattr(optimizer, "SLICE", size)
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(50, 11))
+        adamw = MasterAdamW([p], lr=1e-2, weight_decay=0.1)
+        for _ in range(5):
+            p.grad = torch.randn(50, 11)
+            adamw.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_step_holds_one_slice_of_temporaries_not_a_parameter(offload, monkeypatch):
+    monkeypatch.setattr(optimizer, "SLICE", 100)
+    p = torch.nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16, device="meta"))
+    p.grad = torch.zeros_like(p)
+    adamw = MasterAdamW([p], lr=1e-3, offload=offload)
+    adamw.step()
+    with Storages(tiny_model(byte_tokenizer())) as storages:
+        adamw.step()
+    # Of 100 numbers, 4 bytes each: gradient and denominator; streamed, moments and master besides, and for a moment
+    # those of the slice before.
+    assert sum(storages.peak.values()) <= 400 * (8 if offload else 3)

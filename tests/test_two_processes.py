@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import (
+    byte_tokenizer,
     lines_of,
     log_of,
     make_config,
+    make_prompt,
     measure,
     reply,
     rollouts_of,
@@ -29,6 +32,10 @@ from conftest import (
 from safetensors.torch import load_file
 
 import evaluate
+import grpo
+from engine.checkpoints import load_model
+from engine.parallel import data_parallel, frozen_reference
+from engine.runtime import launch
 
 # Two completions for each of four prompts, of 2 to 60 tokens.
 TEXTS = [reply("0 to 4"), "x", reply("1 to 3"), reply("2 to 3") + " and so on, and on",
@@ -50,6 +57,60 @@ def run_as(rank, jobs):
             program(settings)
 
 
+def check_reference(settings):
+    """Log-probabilities of a reference in shares, against the whole one's; either rank has other lengths."""
+
+    def program(settings, device):
+        rank = dist.get_rank()
+        model, processor = load_model(settings.model, device)
+        prompts = [make_prompt(byte_tokenizer(), model, 56, 28 * (1 + rank), 12, "when" + " and then" * 9 * rank)]
+        # At 2**25 logits a chunk has 127,000 tokens here; with two a chunk, 3 run on one rank and 15 on the other.
+        grpo.MAX_LOGITS_AT_ONCE = 2 * model.config.text_config.vocab_size
+        ids = torch.arange(6 + 24 * rank).view(1, -1) + 40
+        with torch.no_grad():
+            features = grpo.visual_features(model, prompts)
+        inputs = prompts, ids, torch.ones_like(ids, dtype=torch.bool)
+        for keep_tower in (False, True):
+            policy = grpo.Policy(load_model(settings.model, device)[0], processor.banned, 1.0)
+            given = None if keep_tower else features
+            with torch.no_grad():
+                expected, _ = policy(*inputs, given)
+            reference = frozen_reference(policy, keep_tower)
+            shared = sum(p.to_local().numel() for p in reference.parameters())
+            everything = sum(p.numel() for p in reference.parameters())
+            assert everything / 2 <= shared < everything / 2 + 2000, (shared, everything)
+            for _ in range(2):
+                with torch.no_grad():
+                    found, _ = reference(*inputs, given)
+                assert torch.equal(found, expected)
+
+    launch(program, settings)
+
+
+def check_gradients(settings):
+    """Gradients lie in DDP's buckets from the first pass on, also where passes come before that do not average."""
+
+    def program(settings, device):
+        model, processor = load_model(settings.model, device)
+        model.model.visual.requires_grad_(False)
+        prompts = [make_prompt(byte_tokenizer(), model, 28, 28, 4, "when")]
+        ids = torch.arange(6).view(1, -1) + 40
+        inputs = prompts, ids, torch.ones_like(ids, dtype=torch.bool), None
+        policy = data_parallel(grpo.Policy(model, processor.banned, 1.0))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert not any(p.grad.any() for p in trained)
+        places = [p.grad.data_ptr() for p in trained]
+        assert len({p.grad.untyped_storage().data_ptr() for p in trained}) == 1  # 25 MB hold all of this model
+        assert trained[0].grad.untyped_storage().nbytes() == 4 * sum(p.numel() for p in trained)
+        for average in (False, True, False, True):
+            with contextlib.nullcontext() if average else policy.no_sync():
+                policy(*inputs)[0].sum().backward()
+            assert [p.grad.data_ptr() for p in trained] == places
+            assert any(p.grad.any() for p in trained)
+
+    launch(program, settings)
+
+
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory, checkpoint):
     """Settings by name, after two processes have run them; of "... alone", after one process has.
@@ -67,6 +128,7 @@ def jobs(tmp_path_factory, checkpoint):
         adam_eps=1e-1, max_grad_norm=100.0, save_rollouts=1, keep=9, save_every=1)
     settings = {
         "completion": dataclasses.replace(base, iterations=0, epochs=2.0),
+        "offloaded": dataclasses.replace(base, iterations=0, epochs=2.0, offload_optimizer=True),
         "token": dataclasses.replace(base, loss_reduction="token"),
         "supervised": dataclasses.replace(base, loss_reduction="token",
                                           demonstrations=write_lines(folder / "demos.jsonl", demonstrations)),
@@ -79,7 +141,8 @@ def jobs(tmp_path_factory, checkpoint):
                        for each in (settings, alone))
     programs = [(measure if name == "evaluated" else train, one, None if name in ("sampled", "evaluated") else TEXTS,
                  free_port()) for name, one in settings.items()]
-    torch.multiprocessing.spawn(run_as, (programs,), nprocs=2)
+    programs += [(check, base, None, free_port()) for check in (check_reference, check_gradients)]
+    torch.multiprocessing.spawn(run_as, (programs,), nprocs=2)  # raises what a check has found
     for name, one in alone.items():
         if name == "evaluated alone":
             measure(one)
@@ -120,6 +183,19 @@ def test_each_process_draws_its_own_share_of_an_iterations_rows(jobs):
         shares = [[line for line in lines if line["iteration"] == iteration] for lines in (first, second, alone)]
         assert shares[0] + shares[1] == shares[2]
         assert len({line["query"] for line in shares[2]}) == 4  # four rows, four prompts
+
+
+def test_an_offloaded_optimiser_takes_the_same_steps_bit_for_bit(jobs):
+    plain, offloaded = jobs["completion"], jobs["offloaded"]
+    weights, others = weights_of(plain.output), weights_of(offloaded.output)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert [row["grad_norm"] for row in log_of(plain.output)] == [row["grad_norm"] for row in log_of(offloaded.output)]
+    states = [[torch.load(f"{one.output}/checkpoint-000002/optimizer.{rank}.pt") for rank in (0, 1)]
+              for one in (plain, offloaded)]
+    for rank in (0, 1):
+        assert states[0][rank].keys() == states[1][rank].keys()
+        for name, state in states[0][rank].items():
+            assert torch.equal(state["exp_avg_sq"], states[1][rank][name]["exp_avg_sq"])
 
 
 def test_two_processes_sample_the_same_prompt_differently(jobs):
