@@ -1,14 +1,17 @@
-"""The memory that a training run will need on each GPU, and its iterations and tokens, from the model's config alone.
+"""The memory that a training run will need, of each GPU and of the host, from the model's config alone.
 
     python -m benchmarks.memory                                             # 3B on 8 GPUs of 40 GB
     python -m benchmarks.memory --model 7b --gpu-gb 80 [any option of invert4tvg.py]
-    python -m benchmarks.memory --model 3b --world-size 1 --accumulation 8 --kl-coef 0 --gpu-gb 80
+    python -m benchmarks.memory --model 7b --offload-optimizer              # the paper's model on the paper's cards
+    python -m benchmarks.memory --model 3b --world-size 1 --accumulation 8 --lora-rank 64 --gpu-gb 24
+    python -m benchmarks.memory --table                                     # 3B and 7B, ways to train them, cards
     python -m benchmarks.memory --validate                                  # the estimate against a real process
 
 No formula stands in for the program. Its own functions run, an iteration's phase after the other, on the meta device,
-whose tensors have shapes but no memory. Every storage that lives at the same time is added up. Only two operations are
-replaced, because their memory is spent inside PyTorch's kernels: attention, whose kernel depends on the device, and the
-draw of a token. All decoding steps have the same shapes, so one of them is run.
+whose tensors have shapes but no memory. Every storage that lives at the same time is added up. Only three operations
+are replaced, because their memory is spent inside PyTorch: attention, whose kernel depends on the device, the draw of a
+token, and the way of a layer's input to host memory. All decoding steps have the same shapes, so one of them is run.
+One formula remains, `reference_memory`, for what the ranks gather of a shared reference.
 
 A phase holds what lasts (weights, reference, gradients, optimiser) and its own highest point. The run needs the largest
 phase, not their sum. A column shows its phase at that point, "ever" each row at its own highest: the cache or the
@@ -17,17 +20,18 @@ logits may be gone by then.
 "typical" has completions of --typical-tokens on average, from half to one and a half times that; "worst" has all of
 them cut off at --max-new-tokens. The cache has room for --max-new-tokens in both. The prompt is the pixel budget's
 visual tokens and --text-tokens. The rare video of more than 224 s exceeds that budget (engine.video.fit_size) and this
-estimate. GiB are 2**30 bytes of tensors; the caching allocator reserves some more.
+estimate. GiB are 2**30 bytes of tensors. LEFT_OUT names what is not counted.
 """
 
 import ctypes
 import dataclasses
+import functools
 import math
 import os
 import sys
 import tempfile
 import weakref
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +41,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, modeling_utils
 
 import grpo
 import invert4tvg
@@ -46,6 +50,7 @@ from engine.annotations import load_annotations, prepare_training
 from engine.attention import Prefill, Prompt, install_attention, visual_features
 from engine.checkpoints import newest_checkpoint, recompute_activations
 from engine.decoding import Cached
+from engine.lora import add_adapters, switched_off
 from engine.optimizer import MasterAdamW
 from engine.prompts import MERGE, PATCH, TEMPORAL
 from engine.runtime import setup_distributed
@@ -55,8 +60,13 @@ from engine.video import SIDE
 GiB = 2**30
 END = 1  # the id that ends a completion here
 OUTSIDE = 1.5 * GiB  # of a card's nominal memory: what it hides (0.6), the CUDA context (0.5), NCCL (0.4); customary
-ROWS = ("weights", "reference", "gradients", "optimiser, masters", "prompts, features", "KV cache", "activations",
-        "logits", "gradients on their way", "the step's temporaries")
+ROWS = ("weights", "reference", "reference, gathered", "gradients", "optimiser, masters", "prompts, features",
+        "KV cache", "activations", "logits", "gradients on their way", "the step's temporaries")
+LEFT_OUT = """Left out of the GPU: what the caching allocator reserves but cannot use, workspaces of recorded graphs,
+and a prefix sum that masked_scatter makes early in a pass, 8 bytes a number of the embeddings. Left out of the host:
+Python and its libraries (some GiB a process), clips on their way from the workers, and a model's files while read or
+written; all processes of a node share what they read."""
+WAYS = {"full": {}, "`--offload-optimizer`": {"offload_optimizer": True}, "`--lora-rank 64`": {"lora_rank": 64}}
 PHASES = ("sampling", "reference", "policy", "optimiser")
 
 
@@ -70,6 +80,7 @@ class Settings(invert4tvg.Config):
     typical_tokens: int = flag(200, "mean length of a typical group's completions", above=0)
     text_tokens: int = flag(120, "a prompt's tokens that are not the video's", above=0)
     rows: int = flag(12404, "training samples, where --annotations does not exist; Charades-STA's", above=0)
+    table: bool = flag(False, "print the table of benchmarks/README.md")
     validate: bool = flag(False, "run a small model on this CPU, in float32, and compare")
 
 
@@ -97,6 +108,14 @@ def meta_model(config, dtype):
     return model
 
 
+def make_model(settings, dtype=torch.bfloat16):
+    """The model of a run on the meta device, with its adapters."""
+    model = meta_model(model_config(settings.model), dtype)
+    if settings.lora_rank:
+        add_adapters(model, settings)
+    return model
+
+
 # ------------------------------------------------------------------------------------------------ counting storages
 
 
@@ -115,6 +134,7 @@ class Storages(TorchDispatchMode):
         self.now = dict.fromkeys(ROWS, 0)  # bytes a row
         self.peak = dict.fromkeys(ROWS, 0)  # the same when their sum was highest
         self.highest = dict.fromkeys(ROWS, 0)  # each row at its own highest
+        self.host = self.host_peak = 0  # bytes of pinned host memory
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -151,6 +171,22 @@ class Storages(TorchDispatchMode):
 
                 self.storages[key] = (weakref.ref(storage, free), size, row)
                 self.now[row[0]] += size
+
+    def save_on_host(self, **_):
+        """torch.autograd.graph.save_on_cpu, counting. PyTorch rounds each pinned block up to a power of two."""
+
+        def pack(x):
+            size = 2 ** math.ceil(math.log2(x.nbytes))
+            back = functools.partial(torch.empty, x.shape, dtype=x.dtype, device="meta")
+            self.host += size
+            self.host_peak = max(self.host_peak, self.host)
+            weakref.finalize(back, self.let_go, size)
+            return back
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda back: back())
+
+    def let_go(self, size):
+        self.host -= size
 
     def row(self, x):
         if x.dim() and x.shape[-1] == self.vocabulary:
@@ -252,11 +288,11 @@ def size_of(values):
     return sum(x.nbytes for x in values if torch.is_tensor(x))
 
 
-def optimiser_memory(model, world_size):
+def optimiser_memory(model, settings):
     """-> bytes of (state with masters, temporaries of a step) on the rank that needs most."""
     needs = []
-    for share in shares([p for p in model.parameters() if p.requires_grad], world_size):
-        optimizer = MasterAdamW(share, lr=1e-6)
+    for share in shares([p for p in model.parameters() if p.requires_grad], settings.world_size):
+        optimizer = MasterAdamW(share, lr=1e-6, offload=settings.offload_optimizer)
         optimizer.step()  # creates the state
         with Storages(model) as storages:
             optimizer.step()
@@ -296,6 +332,10 @@ def counted(model, attention):
     replaced = [(torch, "multinomial", draw), (nn.functional, "scaled_dot_product_attention", attention),
                 (grpo, "pack", pack_without_values), (Prefill, "attend", attend_and_move),
                 (Cached, "after", cache_and_move)]
+    if attention is gpu_attention:  # on a CPU layers' inputs stay where they are
+        replaced.append((modeling_utils, "save_on_cpu", storages.save_on_host))
+    else:
+        replaced.append((modeling_utils, "save_on_cpu", lambda **_: nullcontext()))
     with ExitStack() as stack:
         for owner, name, function in replaced:
             stack.enter_context(mock.patch.object(owner, name, function))
@@ -313,19 +353,54 @@ def make_prompts(model, work, count):
     return [Prompt(ids, positions, patches, torch.tensor([work.grid])) for _ in range(count)]
 
 
+def reference_memory(model, settings):
+    """-> bytes of (the reference on a rank, what its pass gathers from the others besides).
+
+    Formulas, for engine/parallel.py: a rank gathers what belongs to no layer for the whole pass, and of the layers the
+    one that runs, the buffer that it arrived in, and the next one's.
+    """
+    if settings.lora_rank or not uses_reference(settings):
+        return 0, 0
+    visual = 0 if settings.train_vision else size_of(model.model.visual.parameters())
+    whole = size_of(model.parameters()) - visual
+    if settings.world_size == 1:
+        return whole, 0
+    layers = model.model.language_model.layers
+    embeddings = model.get_input_embeddings().weight
+    apart = embeddings.nbytes if model.lm_head.weight is not embeddings else 0
+    gathered = whole - size_of(layers.parameters()) - apart + 3 * size_of(layers[0].parameters())
+    return whole / settings.world_size, gathered
+
+
+def uses_reference(settings):
+    return bool(settings.kl_coef) and not settings.demonstrations
+
+
 def lasting_memory(model, settings, state):
-    """-> {row: bytes} of what every phase finds there; `state` is the optimiser's."""
-    weights = size_of(model.parameters())
-    return {"weights": weights, "optimiser, masters": state,
+    """-> {row: bytes} of what every phase finds on the GPU; `state` is the optimiser's."""
+    return {"weights": size_of(model.parameters()), "optimiser, masters": 0 if settings.offload_optimizer else state,
             "gradients": size_of(p for p in model.parameters() if p.requires_grad),
-            "reference": weights if settings.kl_coef and not settings.demonstrations else 0}
+            "reference": reference_memory(model, settings)[0]}
+
+
+class Need(NamedTuple):
+    """What a run needs, in bytes, on the GPU or of the process that needs most."""
+
+    peaks: dict  # {phase: {row: bytes}}, each phase's highest point
+    highest: dict  # {row: bytes}, each row's own highest, which do not come together
+    host: dict  # {what: bytes} of pinned host memory
+
+    def most(self):
+        """-> (the phase that needs most, bytes of all its rows and of what lies outside of PyTorch)"""
+        totals = {name: sum(rows.values()) + OUTSIDE for name, rows in self.peaks.items()}
+        phase = max(totals, key=totals.get)
+        return phase, totals[phase]
 
 
 def estimate(model, settings, work, attention=gpu_attention):
-    """A meta model -> ({phase: {row: bytes}}, each phase's highest point on the GPU that needs most; {row: bytes}, each
-    row's own highest, which do not come together).
-    """
-    model.requires_grad_(True).model.visual.requires_grad_(settings.train_vision)
+    """A meta model of `make_model` -> Need."""
+    if not settings.lora_rank:
+        model.requires_grad_(True).model.visual.requires_grad_(settings.train_vision)
     for module in model.modules():  # an earlier estimate may have switched it on
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
@@ -333,8 +408,9 @@ def estimate(model, settings, work, attention=gpu_attention):
         recompute_activations(model)
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    state, temporaries = optimiser_memory(model, settings.world_size)
+    state, temporaries = optimiser_memory(model, settings)
     lasting = lasting_memory(model, settings, state)
+    host = {"optimiser, masters": state if settings.offload_optimizer else 0, "layers' inputs": 0}
 
     micro = settings.micro_batch
     G = len(work.lengths) // micro
@@ -351,6 +427,9 @@ def estimate(model, settings, work, attention=gpu_attention):
         with counted(model, attention) as storages:
             yield
         peaks[name] = {row: storages.peak[row] + lasting.get(row, 0) for row in ROWS} | {"prompts, features": held}
+        if name == "reference":
+            peaks[name]["reference, gathered"] = reference_memory(model, settings)[1]
+        host["layers' inputs"] = max(host["layers' inputs"], storages.host_peak)
         for row in ROWS:
             highest[row] = max(highest[row], storages.highest[row], peaks[name][row])
 
@@ -364,50 +443,56 @@ def estimate(model, settings, work, attention=gpu_attention):
     if settings.train_vision:
         features = None
     inputs = prompts[:micro], completions, mask, banned, 1.0, features and features[:micro]
-    if lasting["reference"]:
-        with phase("reference", features), torch.no_grad():
-            grpo.group_logps(model.eval(), *inputs)
+    if uses_reference(settings):
+        with phase("reference", features), torch.no_grad(), switched_off(model):
+            grpo.group_logps(model, *inputs)
     with phase("policy", features):
         logps, _ = grpo.group_logps(model.train(), *inputs)
         logps.sum().backward()  # the loss itself is of (N, C) numbers
     rest = {"prompts, features": peaks["policy"]["prompts, features"], "the step's temporaries": temporaries}
     peaks["optimiser"] = dict.fromkeys(ROWS, 0) | lasting | rest
     highest["the step's temporaries"] = temporaries
-    return peaks, highest
+    return Need(peaks, highest, host)
 
 
 # ------------------------------------------------------------------------------------------------ the report
 
 
-def print_budget(title, peaks, highest, settings):
+def print_budget(title, need, settings):
     """Print a table, GiB, a column a phase -> whether the largest fits."""
+    peaks = need.peaks
     totals = {name: sum(rows.values()) + OUTSIDE for name, rows in peaks.items()}
-    print(f"\n{title}\n{'GiB':<28}" + "".join(f"{name:>12}" for name in peaks) + f"{'ever':>12}")
+    print(f"\n{title}\n{'GiB of the GPU':<28}" + "".join(f"{name:>12}" for name in peaks) + f"{'ever':>12}")
     for row in ROWS:
-        if highest[row]:
-            sizes = [rows[row] for rows in peaks.values()] + [highest[row]]
+        if need.highest[row]:
+            sizes = [rows[row] for rows in peaks.values()] + [need.highest[row]]
             print(f"{row:<28}" + "".join(f"{size / GiB:12.2f}" for size in sizes))
     print(f"{'PyTorch tensors together':<28}" + "".join(f"{(x - OUTSIDE) / GiB:12.2f}" for x in totals.values()))
     print(f"{'CUDA, NCCL, hidden':<28}" + f"{OUTSIDE / GiB:12.2f}" * len(peaks))
     print(f"{'total':<28}" + "".join(f"{x / GiB:12.2f}" for x in totals.values()))
-    phase = max(totals, key=totals.get)
-    left = settings.gpu_gb - totals[phase] / GiB
+    phase, total = need.most()
+    left = settings.gpu_gb - total / GiB
     verdict = f"it fits, with {left:.1f} to spare." if left >= 0 else f"IT DOES NOT FIT, {-left:.1f} are missing."
-    print(f"The {phase} phase needs most, {totals[phase] / GiB:.1f} of {settings.gpu_gb:g} GiB: {verdict}")
+    print(f"The {phase} phase needs most, {total / GiB:.1f} of {settings.gpu_gb:g} GiB: {verdict}")
+    print(f"{'GiB of the host, pinned':<28}{'a process':>12}{f'all {settings.world_size}':>12}")
+    for what, size in (*need.host.items(), ("together", sum(need.host.values()))):
+        print(f"{what:<28}{size / GiB:12.2f}{settings.world_size * size / GiB:12.2f}")
     return left >= 0
 
 
-def print_measures(model, settings, worst):
+def print_measures(settings, worst):
     """Print what each change of settings would leave of the peak."""
     changes = [{"kl_coef": 0.0}, {"max_new_tokens": settings.max_new_tokens // 2}, {"micro_batch": 1},
                {"max_pixels": settings.max_pixels // 2}, {"train_vision": False}, {"gradient_checkpointing": True},
-               {"world_size": 2 * settings.world_size}]
+               {"world_size": 2 * settings.world_size}, {"offload_optimizer": True}]
+    if not settings.lora_rank and not settings.train_vision:
+        changes.append({"lora_rank": 64})
     needs = []
     for change in changes:
         changed = dataclasses.replace(settings, **change)
         if changed != settings:
-            peaks, _ = estimate(model, changed, plan(changed, worst))
-            needs.append((max(sum(rows.values()) for rows in peaks.values()) + OUTSIDE, *change.popitem()))
+            need = estimate(make_model(changed), changed, plan(changed, worst))
+            needs.append((need.most()[1], *change.popitem()))
     for need, name, value in sorted(needs):
         print(f"  with {name} = {value}: {need / GiB:.1f} GiB" + (", fits" if need <= settings.gpu_gb * GiB else ""))
 
@@ -433,12 +518,13 @@ def print_run(settings):
 
 
 def report(settings):
-    model = meta_model(model_config(settings.model), torch.bfloat16)
+    model = make_model(settings)
     everything = sum(p.numel() for p in model.parameters())
     vision = sum(p.numel() for p in model.model.visual.parameters())
     work = plan(settings, worst=False)
     print(f"{settings.model}: {everything:,} parameters, {vision:,} of them vision tower and merger, "
-          f"{'trained' if settings.train_vision else 'frozen'}; bfloat16\n"
+          f"{'trained' if settings.train_vision else 'frozen'}; bfloat16"
+          f"{f'; adapters of rank {settings.lora_rank}' if settings.lora_rank else ''}\n"
           f"{settings.world_size} x {settings.gpu_gb:g} GiB; prompts of {work.prompt_tokens:,} tokens: a GPU samples "
           f"{settings.micro_batch * settings.accumulation} together and trains on {settings.micro_batch} at a time, "
           f"{len(work.lengths) // settings.micro_batch} completions each")
@@ -446,9 +532,26 @@ def report(settings):
         work = plan(settings, worst)
         mean = sum(work.lengths) / len(work.lengths)
         title = f"{name}: {mean:,.0f} tokens a completion, {max(work.lengths):,} the longest"
-        if not print_budget(title, *estimate(model, settings, work), settings):
-            print_measures(model, settings, worst)
+        if not print_budget(title, estimate(model, settings, work), settings):
+            print_measures(settings, worst)
+    print(f"\n{LEFT_OUT}")
     print_run(settings)
+
+
+def print_table(settings):
+    """Print both published models, with eight prompts an iteration on eight cards or on one, trained in WAYS."""
+    print("| model | GPUs | training | typical | worst | host | fits a card of |\n|---|---|---|---|---|---|---|")
+    for model in ("3b", "7b"):
+        for world_size in (8, 1):
+            for title, change in WAYS.items():
+                one = dataclasses.replace(settings, model=model, world_size=world_size, accumulation=8 // world_size,
+                                          **change)
+                typical, worst = (estimate(make_model(one), one, plan(one, worst)) for worst in (False, True))
+                sizes = [need.most()[1] / GiB for need in (typical, worst)]
+                host = max(sum(need.host.values()) for need in (typical, worst)) * world_size / GiB
+                cards = ", ".join(f"{gb} GB" for gb in (24, 40, 80) if max(sizes) < gb) or "none of these"
+                print(f"| {model.upper()} | {world_size} | {title} | {sizes[0]:.1f} | {sizes[1]:.1f} | {host:.0f} | "
+                      f"{cards} |", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ a real process
@@ -476,8 +579,8 @@ def validate():
             grid = tuple(prompt.grid[0].tolist())
             text = len(prompt.ids) - math.prod(grid) // MERGE**2
             work = Work(grid, text, [cell.completion] * cell.group, cell.completion)
-            model = meta_model(model_config(folder), torch.float32)
-        peaks, _ = estimate(model, dataclasses.replace(settings, world_size=1), work, cpu_attention)
+            settings = dataclasses.replace(settings, world_size=1)
+            peaks = estimate(make_model(settings, torch.float32), settings, work, cpu_attention).peaks
         print(f"{size} {step.name_of(cell)}")
         for name in PHASES:
             estimated = sum(peaks[name].values()) / 2**20
@@ -486,7 +589,8 @@ def validate():
 
 def measured_iterations(settings, cell, meter, device):
     """-> (the prompt, {phase: MiB})"""
-    run = invert4tvg.make_run(settings, device, samples=[], completions=None, sampler=None, resume_from=None)
+    run = invert4tvg.make_run(settings, device, samples=[], completions=None, sampler=None,
+                               folder=settings.model, start=settings.model)
     optimizer_step = run.optimizer.step
 
     def measured_step():  # the update's last part is a phase of its own
@@ -518,6 +622,8 @@ if __name__ == "__main__":
     try:
         if given.validate:
             validate()
+        elif given.table:
+            print_table(given)
         else:
             report(given)
     except (UserError, ValueError) as error:

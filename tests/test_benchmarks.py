@@ -54,24 +54,62 @@ def test_what_lasts_and_the_cache_by_hand(checkpoint):
     settings = memory.Settings(model=str(checkpoint), world_size=1, max_pixels=64 * 784, max_new_tokens=16,
                                group_size=4, micro_batch=2, text_tokens=10)
     model = memory.meta_model(memory.model_config(settings.model), torch.bfloat16)
-    peaks, highest = memory.estimate(model, settings, memory.plan(settings, worst=True))
+    peaks, highest, host = memory.estimate(model, settings, memory.plan(settings, worst=True))
     trained = sum(p.numel() for n, p in model.named_parameters() if "visual" not in n)
     everything = sum(p.numel() for p in model.parameters())
     assert tuple(peaks) == memory.PHASES
-    for rows in peaks.values():
-        assert (rows["weights"], rows["reference"], rows["gradients"]) == (2 * everything, 2 * everything, 2 * trained)
+    for rows in peaks.values():  # the reference has no tower
+        assert (rows["weights"], rows["reference"], rows["gradients"]) == (2 * everything, 2 * trained, 2 * trained)
         assert rows["optimiser, masters"] == 12 * trained
+    # Two layers' inputs: 2 x 74 prompt and 8 x 16 completion tokens of 32 numbers, 2 bytes: 17,664, pinned 32,768.
+    assert host == {"optimiser, masters": 0, "layers' inputs": 2 * 32768}
     # 2 layers, keys and values, 2 heads of 8 numbers, 2 bytes: 2 prompts of 74 tokens, 8 completions of 16.
     assert highest["KV cache"] == 2 * 2 * 2 * 8 * 2 * (2 * 74 + 8 * 16)
     # Completions that end earlier leave the cache as large: its room is there from the start.
     shorter = dataclasses.replace(settings, typical_tokens=8)
-    assert memory.estimate(model, shorter, memory.plan(shorter, worst=False))[1]["KV cache"] == highest["KV cache"]
+    assert memory.estimate(model, shorter, memory.plan(shorter, worst=False)).highest["KV cache"] == highest["KV cache"]
     # A float32 gradient and the denominator, of the largest parameter.
     largest = max(p.numel() for n, p in model.named_parameters() if "visual" not in n)
     assert peaks["optimiser"]["the step's temporaries"] == 2 * 4 * largest
-    without, _ = memory.estimate(model, dataclasses.replace(settings, kl_coef=0.0), memory.plan(settings, worst=True))
-    assert "reference" not in without
-    assert without["policy"]["reference"] == 0
+    without = dataclasses.replace(settings, kl_coef=0.0)
+    peaks = memory.estimate(model, without, memory.plan(without, worst=True)).peaks
+    assert "reference" not in peaks
+    assert peaks["policy"]["reference"] == 0
+
+
+def test_a_shared_reference_by_hand(checkpoint):
+    settings = memory.Settings(model=str(checkpoint), world_size=4)
+    model = memory.make_model(settings)
+    V = model.config.text_config.vocab_size
+    layer = 2 * 32 * 32 + 32 + 2 * (32 * 16 + 16) + 3 * 32 * 64 + 2 * 32
+    share, gathered = memory.reference_memory(model, settings)
+    assert share == 2 * (2 * layer + 2 * V * 32 + 32) / 4
+    assert gathered == 2 * (3 * layer + V * 32 + 32)  # head and last norm; the embeddings are gathered on their own
+    assert memory.reference_memory(model, dataclasses.replace(settings, world_size=1)) == (4 * share, 0)
+    assert memory.reference_memory(model, dataclasses.replace(settings, kl_coef=0.0)) == (0, 0)
+
+
+def test_an_offloaded_optimiser_leaves_the_gpu_for_the_host(checkpoint):
+    settings = memory.Settings(model=str(checkpoint), max_pixels=64 * 784, max_new_tokens=16, world_size=1)
+    work = memory.plan(settings, worst=True)
+    plain = memory.estimate(memory.make_model(settings), settings, work)
+    offloaded = dataclasses.replace(settings, offload_optimizer=True)
+    moved = memory.estimate(memory.make_model(offloaded), offloaded, work)
+    state = plain.peaks["policy"]["optimiser, masters"]
+    assert moved.host["optimiser, masters"] == state > 0 == moved.peaks["policy"]["optimiser, masters"]
+    assert moved.host["layers' inputs"] == plain.host["layers' inputs"]
+    assert plain.most()[1] - moved.most()[1] == state
+
+
+def test_adapters_by_hand(checkpoint):
+    settings = memory.Settings(model=str(checkpoint), max_pixels=64 * 784, max_new_tokens=16, world_size=1, lora_rank=4)
+    peaks, _, _ = memory.estimate(memory.make_model(settings), settings, memory.plan(settings, worst=True))
+    base = sum(p.numel() for p in memory.meta_model(memory.model_config(settings.model), torch.bfloat16).parameters())
+    adapters = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))  # as in test_lora.py
+    for rows in peaks.values():
+        assert rows["weights"] == 2 * (base + adapters) and rows["reference"] == 0
+        assert rows["gradients"] == 2 * adapters and rows["optimiser, masters"] == 12 * adapters
+    assert "reference" in peaks  # its pass runs, without a copy
 
 
 def test_an_estimate_does_not_change_the_next_one(checkpoint):
@@ -85,12 +123,13 @@ def test_an_estimate_does_not_change_the_next_one(checkpoint):
     assert memory.estimate(model, settings, work) == first
 
 
-@pytest.mark.parametrize("name, gpu", [("3b", 40), ("7b", 80)])
-def test_published_models_fit_eight_gpus(name, gpu):
-    settings = memory.Settings(model=name)
-    model = memory.meta_model(memory.model_config(name), torch.bfloat16)
-    peaks, _ = memory.estimate(model, settings, memory.plan(settings, worst=False))
-    assert max(sum(rows.values()) for rows in peaks.values()) + memory.OUTSIDE < gpu * GiB
+@pytest.mark.parametrize("name, options, most", [
+    ("7b", {"offload_optimizer": True}, 38),  # on the paper's cards, of 40 GB
+    ("3b", {"world_size": 1, "accumulation": 8, "lora_rank": 64}, 17)])  # on one of 24 GB
+def test_published_models_fit_their_cards_at_worst(name, options, most):
+    settings = memory.Settings(model=name, **options)
+    need = memory.estimate(memory.make_model(settings), settings, memory.plan(settings, worst=True))
+    assert need.most()[1] < most * GiB
 
 
 def test_the_command_line_prints_budget_measures_iterations_and_tokens(checkpoint, capsys):
