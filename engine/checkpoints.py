@@ -226,10 +226,11 @@ def note_origin(config, resume_from, samples, completions, tasks):
     if state["rows"] != digest:
         raise UserError(f"{config.demonstrations or config.annotations}: its rows, or the videos that are there, have "
                         f"changed since {resume_from} was written; name another --output.")
-    needed = config.lora_rank or config.kl_coef and not config.demonstrations
-    if needed and fingerprint(state["start"]) != state["start_fingerprint"]:
-        raise UserError(f"{state['start']}: the weights that the run began with, which it still needs, are gone or "
-                        "changed; put them back, or name another --output.")
+    use = "the reference of its KL" if config.kl_coef and not config.demonstrations else ""
+    use = "the base of its adapters" if config.lora_rank else use
+    if use and fingerprint(state["start"]) != state["start_fingerprint"]:
+        raise UserError(f"{state['start']}: the weights that the run began with, {use}, are gone or changed; put them "
+                        "back, or name another --output.")
     return {name: state[name] for name in ("start", "start_fingerprint", "rows")}
 
 

@@ -150,4 +150,4 @@ def test_a_run_with_adapters_needs_the_weights_that_it_began_with(adapted, tmp_p
     (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-4] + b"abcd")
     with pytest.raises(SystemExit):
         train(**adapted)
-    assert "the weights that the run began with" in capsys.readouterr().err
+    assert "the base of its adapters, are gone or changed" in capsys.readouterr().err

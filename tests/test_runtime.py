@@ -310,13 +310,13 @@ def test_which_options_may_change_when_a_run_or_an_evaluation_goes_on():
         return {f.name for f in dataclasses.fields(cls) if f.metadata["free"]}
 
     both = {"output", "allow_missing_videos", "workers", "clip_timeout", "micro_batch"}
-    assert free(Config) == both | {"accumulation", "save_every", "keep"}
+    assert free(Config) == both | {"accumulation", "save_every", "keep", "offload_optimizer"}
     assert free(EvalSettings) == both | {"against"}
 
 
 def test_which_options_have_no_meaning_with_demonstrations():
     # Nothing is drawn, sampled, rewarded, or held near a reference.
-    found = {f.name for f in dataclasses.fields(Config) if f.metadata["unless"]}
+    found = {f.name for f in dataclasses.fields(Config) if f.metadata["unless"] == "demonstrations"}
     assert found == {"p", "inversion_tasks", "inversion_reward", "vd_verb_cap", "group_size", "temperature", "kl_coef",
                      "save_rollouts"}
 
@@ -327,7 +327,8 @@ def test_every_number_is_above_zero_or_may_be_zero():
     least = {f.name for f in numbers if f.metadata["least"] == 0}
     assert above | least == {f.name for f in numbers}
     assert least == {"p", "vd_verb_cap", "clip_epsilon", "kl_coef", "adam_eps", "weight_decay", "iterations", "seed",
-                     "eval_every", "eval_limit", "workers", "samples", "limit", "save_rollouts"}
+                     "eval_every", "eval_limit", "workers", "samples", "limit", "save_rollouts",
+                     "lora_rank"}
 
 
 def test_what_is_inherited_is_checked_together_with_what_is_given(capsys):
