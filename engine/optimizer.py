@@ -102,13 +102,16 @@ def host_room(parameters):
     everything = torch.empty(sum(shape.numel() for _, shape in shapes), dtype=torch.float32,
                              device="cpu" if device.type == "cuda" else device)
     if device.type == "cuda":
-        try:
-            registered = torch.cuda.cudart().cudaHostRegister(everything.data_ptr(), everything.nbytes, 0)
-            torch.cuda.check_error(registered)
-        except RuntimeError as error:
-            raise UserError(f"--offload-optimizer: {everything.nbytes / 2**30:.1f} GiB of host memory for this process "
-                            f"could not be pinned ({error}); benchmarks/memory.py says what a run needs.") from error
+        pin(everything)
     room = {p: [] for p in parameters}
     for (p, shape), part in zip(shapes, everything.split([shape.numel() for _, shape in shapes])):
         room[p].append(part.view(shape))
     return room
+
+
+def pin(x):
+    """Pin the host memory of a tensor where it lies. Raises UserError where it cannot be."""
+    error = int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, 0))
+    if error:
+        raise UserError(f"--offload-optimizer: {x.nbytes / 2**30:.1f} GiB of host memory could not be pinned for this "
+                        f"process (CUDA error {error}); `python -m benchmarks.memory` prints what a run needs.")

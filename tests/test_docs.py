@@ -83,7 +83,7 @@ def test_every_file_that_a_page_names_exists(name):
 
 @pytest.mark.parametrize("name", DOCS)
 def test_every_option_that_a_page_names_exists(name):
-    programs = ["invert4tvg.py", "evaluate.py", "data.py", "papers/stages.py", "demo/make_demo.py",
+    programs = ["invert4tvg.py", "evaluate.py", "data.py", "papers/stages.py", "demo/make_demo.py", "engine/lora.py",
                 *(f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py"))]
     source = "".join((ROOT / program).read_text() for program in programs)
     others = {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--shutdown-timeout", "--no-deps",

@@ -1,5 +1,8 @@
 """engine/optimizer.py: against torch's AdamW, and updates that bfloat16 would lose."""
 
+import contextlib
+import types
+
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
@@ -7,6 +10,7 @@ from conftest import byte_tokenizer, tiny_model
 from benchmarks.memory import Storages
 from engine import optimizer
 from engine.optimizer import MasterAdamW
+from engine.settings import UserError
 
 
 def test_float32_optimizer_equals_adamw():
@@ -89,3 +93,14 @@ def test_a_step_holds_one_slice_of_temporaries_not_a_parameter(offload, monkeypa
     # Of 100 numbers, 4 bytes each: gradient and denominator; streamed, moments and master besides, and for a moment
     # those of the slice before.
     assert sum(storages.peak.values()) <= 400 * (8 if offload else 3)
+
+
+@pytest.mark.parametrize("error", [0, 2])  # 2: cudaErrorMemoryAllocation
+def test_host_memory_is_pinned_where_it_lies(error, monkeypatch):
+    calls = []
+    runtime = types.SimpleNamespace(cudaHostRegister=lambda *given: calls.append(given) or error)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    x = torch.empty(2**28)  # never touched
+    with pytest.raises(UserError, match=r"1\.0 GiB .*CUDA error 2") if error else contextlib.nullcontext():
+        optimizer.pin(x)
+    assert calls == [(x.data_ptr(), 2**30, 0)]
