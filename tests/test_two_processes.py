@@ -130,13 +130,14 @@ def jobs(tmp_path_factory, checkpoint):
         "completion": dataclasses.replace(base, iterations=0, epochs=2.0),
         "offloaded": dataclasses.replace(base, iterations=0, epochs=2.0, offload_optimizer=True),
         "token": dataclasses.replace(base, loss_reduction="token"),
+        "adapted": dataclasses.replace(base, lora_rank=2),
         "supervised": dataclasses.replace(base, loss_reduction="token",
                                           demonstrations=write_lines(folder / "demos.jsonl", demonstrations)),
         "sampled": dataclasses.replace(base, annotations=str(folder / "one.txt"), max_new_tokens=8),
         "evaluated": evaluate.EvalSettings(model=str(checkpoint), annotations=base.annotations, videos=base.videos,
                                            min_frame_pixels=784, max_new_tokens=5, workers=0, tasks=("tvg",), limit=3)}
     alone = {f"{name} alone": dataclasses.replace(settings[name], accumulation=4)
-             for name in ("completion", "token", "supervised")} | {"evaluated alone": settings["evaluated"]}
+             for name in ("completion", "token", "adapted", "supervised")} | {"evaluated alone": settings["evaluated"]}
     settings, alone = ({name: dataclasses.replace(one, output=str(folder / name)) for name, one in each.items()}
                        for each in (settings, alone))
     programs = [(measure if name == "evaluated" else train, one, None if name in ("sampled", "evaluated") else TEXTS,
@@ -158,7 +159,7 @@ def difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-@pytest.mark.parametrize("name, iterations", [("completion", 2), ("token", 1), ("supervised", 1)])
+@pytest.mark.parametrize("name, iterations", [("completion", 2), ("token", 1), ("adapted", 1), ("supervised", 1)])
 def test_two_processes_take_the_steps_of_one_with_twice_the_prompts(jobs, checkpoint, name, iterations):
     together, alone = jobs[name], jobs[f"{name} alone"]
     norms, expected = ([row["grad_norm"] for row in log_of(one.output)] for one in (together, alone))
@@ -183,6 +184,13 @@ def test_each_process_draws_its_own_share_of_an_iterations_rows(jobs):
         shares = [[line for line in lines if line["iteration"] == iteration] for lines in (first, second, alone)]
         assert shares[0] + shares[1] == shares[2]
         assert len({line["query"] for line in shares[2]}) == 4  # four rows, four prompts
+
+
+def test_both_processes_together_save_every_adapter(jobs):
+    states = [torch.load(f"{jobs['adapted'].output}/checkpoint-000001/optimizer.{rank}.pt") for rank in (0, 1)]
+    assert states[0] and states[1] and not states[0].keys() & states[1].keys()
+    together = states[0] | states[1]
+    assert len(together) == 2 * 2 * 7 and all("weight" in state for state in together.values())  # A, B; layers; targets
 
 
 def test_an_offloaded_optimiser_takes_the_same_steps_bit_for_bit(jobs):
