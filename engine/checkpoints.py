@@ -177,7 +177,7 @@ def load_for_training(config, folder, start, device):
 def recompute_activations(model):
     """Gradient checkpointing, which transformers calls activation checkpointing since 5.23.
 
-    A GPU's layers keep their inputs in host memory until then.
+    On a GPU the layers' inputs wait for the backward pass in host memory.
     """
     if not hasattr(model, "activation_checkpointing_enable"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
