@@ -35,20 +35,21 @@ class Item:
 def read_clip(sample, task: str, **clip_settings) -> Clip:
     """The whole video for TVG, the ground-truth segment alone for an inversion task (Eq. 2).
 
-    Where the video is an excerpt of its file, nothing outside of that is read.
+    Where the video is an excerpt of its file, nothing outside of that is read; the `end` of a clip for TVG then counts
+    from its beginning, as the sample's own times do, and the frames' times count in the file.
     """
-    start, end = sample.excerpt or (0.0, None)
-    if task != "tvg":
-        segment_end = start + sample.end
-        start, end = start + sample.start, segment_end if end is None else min(segment_end, end)
-    return read_video(sample.video, start=start, end=end, **clip_settings)
+    start, end = sample.excerpt or (0.0, math.inf)
+    if task == "tvg":
+        clip = read_video(sample.video, start=start, end=end, **clip_settings)
+        return clip._replace(end=min(end, clip.end or math.inf) - start)
+    return read_video(sample.video, start=start + sample.start, end=min(start + sample.end, end), **clip_settings)
 
 
 def frames_in_words(clip: Clip, path: str) -> str:
     """Size, rate and true times of a clip's frames, in lines for the screen."""
     height, width = clip.frames.shape[2:]
     times = textwrap.fill(", ".join(f"{t:.2f}" for t in clip.times) + " s", 118)
-    return f"{len(clip.times)} frames of {width} x {height} pixels, {clip.fps:g} a second, taken from {path} at\n{times}"
+    return f"{len(clip.times)} frames of {width} x {height} pixels, {clip.fps:g} a second, from {path} at\n{times}"
 
 
 class Clips(Dataset):

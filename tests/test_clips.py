@@ -44,6 +44,12 @@ def test_of_an_excerpt_nothing_outside_is_read_and_times_count_from_its_beginnin
     for task in INVERSIONS:
         assert shown(read_clip(sample, task)) == [15, 20]
         assert shown(read_clip(beyond, task)) == [20, 25]
+    assert read_clip(sample, "tvg").end == 2
+    over = Sample(video, "q", 1.0, 1.5, excerpt=(3.0, 9.0))  # the file ends at 4 s, its excerpt's first second
+    assert read_clip(over, "tvg").end == pytest.approx(1, abs=0.11)
+    late = Sample(video, "q", 1.5, 2.0, excerpt=(3.0, 9.0))
+    assert Clips([over], {})[[(0, "tvg")]].clip and Clips([late], {})[[(0, "tvg")]].clip is None
+    assert Clips([sample], {})[[(0, "tvg")]].clip
 
 
 @pytest.fixture
