@@ -48,8 +48,9 @@ def read_clip(sample, task: str, **clip_settings) -> Clip:
 def frames_in_words(clip: Clip, path: str) -> str:
     """Size, rate and true times of a clip's frames, in lines for the screen."""
     height, width = clip.frames.shape[2:]
-    times = textwrap.fill(", ".join(f"{t:.2f}" for t in clip.times) + " s", 118)
-    return f"{len(clip.times)} frames of {width} x {height} pixels, {clip.fps:g} a second, from {path} at\n{times}"
+    times = textwrap.fill(", ".join(f"{t:.2f}" for t in clip.times), 118)
+    size = f"{width} x {height} pixels"
+    return f"{len(clip.times)} frames of {size}, {clip.fps:g} a second, from {path} at these seconds:\n{times}"
 
 
 class Clips(Dataset):

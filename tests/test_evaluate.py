@@ -320,7 +320,8 @@ def test_a_video_of_ones_own_is_searched_as_the_checkpoint_was_trained(settings,
     (first,) = calls[0].questions()
     assert 'the event "person runs" in the video' in first and "<timestamp>" in first  # trained with anchors
     printed = capsys.readouterr().out
-    assert "4 frames of" in printed and "1 a second" in printed and "0.00, 1.00, 2.00, 3.00 s" in printed
+    assert "4 frames of" in printed and "1 a second" in printed
+    assert "these seconds:\n0.00, 1.00, 2.00, 3.00\n" in printed
     assert f"person runs: 1 to 2.5 s\n{reply('1 to 2.5')}" in printed
     assert not Path(found.output).exists()
 
