@@ -95,6 +95,7 @@ class Config(MemorySettings, data.Settings):
     save_rollouts: int = flag(50, "iterations between those whose completions are kept in rollouts.<rank>.jsonl, for "
                               "`python -m report`; 0: none; papers/stages.py needs 1", least=0,
                               unless="demonstrations")
+    log_to: tuple = flag((), "show the log there too; docs/metrics.md", choices=("tensorboard", "wandb"), free=True)
     eval_every: int = flag(0, "iterations between evaluations on held-out samples (Figure 1, right); 0: none", least=0)
     eval_annotations: str = flag("data/charades_sta_test.txt", "held-out rows", needs="eval_every")
     eval_videos: str = flag("", "their videos; empty: --videos", needs="eval_every")

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from engine.attention import install_attention
 from engine.lora import add_adapters, merged_weights
+from engine.record import model_card
 from engine.runtime import say
 from engine.settings import UserError, changed_options
 
@@ -275,8 +276,9 @@ def save_checkpoint(config, progress, model, processor, optimizer):
     """Write a checkpoint in the Hugging Face layout, with each rank's share of the optimiser's state.
 
     `progress` is {"iteration": optimiser steps taken, "iterations": of the whole run, "prompts": of an iteration} and
-    what `note_origin` gave. Every file of the checkpoint that the run began with is kept as it is; only the weights are
-    ours, adapters merged into them. The adapters themselves are saved beside their optimiser's state.
+    what `note_origin` gave. Every file of the checkpoint that the run began with is kept as it is; only the card,
+    README.md, and the weights are ours, adapters merged into them. The adapters themselves are saved beside their
+    optimiser's state.
 
     It is written under another name and renamed when complete, so a crash never leaves a half checkpoint behind.
     """
@@ -289,6 +291,7 @@ def save_checkpoint(config, progress, model, processor, optimizer):
         keep_files(processor.folder, partial)
         record = progress | {"config": dataclasses.asdict(config)}
         (partial / "run.json").write_text(json.dumps(record), encoding="utf-8")
+        (partial / "README.md").write_text(model_card(config, progress), encoding="utf-8")
     dist.barrier()
     names = {p: name for name, p in model.named_parameters()}
     states = {names[p]: dict(state) for p, state in optimizer.optim.state.items()}
@@ -313,7 +316,7 @@ def keep_files(folder, partial):
     """
     for path in folder.iterdir():
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth") or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name != "run.json":
+        if path.is_file() and not weights and path.name not in ("run.json", "README.md"):
             shutil.copyfile(path, partial / path.name)
     umask = os.umask(0)
     os.umask(umask)

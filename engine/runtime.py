@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from engine.progress import progress
+from engine.record import note_environment, open_boards
 from engine.settings import UserError
 from engine.video import VideoError
 
@@ -138,19 +139,15 @@ class StopSignal:
 
 
 class Log:
-    """One line an iteration, averaged over ranks: metrics.jsonl, a progress bar, TensorBoard where installed."""
+    """One line an iteration, averaged over ranks: metrics.jsonl, a progress bar, and where --log-to says."""
 
     def __init__(self, config, start, total):
         self.rank = dist.get_rank()
-        self.board = None
         if self.rank == 0:
+            note_environment(config.output, total)
+            self.boards = open_boards(config, start)
             self.file = open(Path(config.output) / "metrics.jsonl", "a", encoding="utf-8")
             self.bar = progress(total=total, initial=start, desc="training")
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(config.output)
-            except ImportError:
-                pass  # optional: metrics.jsonl holds the same numbers
 
     def write(self, iteration, task, metrics):
         """Gather from all ranks (so every rank must call it) and write on rank 0."""
@@ -161,9 +158,8 @@ class Log:
         metrics = combine(gathered)
         self.file.write(json.dumps({"iteration": iteration, "task": task} | metrics) + "\n")
         self.file.flush()
-        if self.board:
-            for name, value in metrics.items():
-                self.board.add_scalar(name, value, iteration)
+        for show in self.boards:
+            show(iteration, metrics)
         if task != "eval":
             shown = metrics.get(f"{task}/total", metrics.get("nll"))
             self.bar.set_postfix_str(f"{task} {'nll' if task == 'sft' else 'reward'} {shown:.3f}", refresh=False)

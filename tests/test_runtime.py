@@ -275,7 +275,7 @@ def test_metrics_are_averaged_over_those_that_have_them():
 
 
 def test_the_log_has_a_line_an_iteration_and_is_appended_to(alone, tmp_path):
-    config = SimpleNamespace(output=str(tmp_path))
+    config = SimpleNamespace(output=str(tmp_path), log_to=())
     Log(config, 0, 3).write(0, "tvg", {"tvg/total": 1.5, "lr": 0.1})
     log = Log(config, 1, 3)
     log.write(1, "sft", {"nll": 0.25})
@@ -310,7 +310,7 @@ def test_which_options_may_change_when_a_run_or_an_evaluation_goes_on():
         return {f.name for f in dataclasses.fields(cls) if f.metadata["free"]}
 
     both = {"output", "allow_missing_videos", "workers", "clip_timeout", "micro_batch"}
-    assert free(Config) == both | {"accumulation", "save_every", "keep", "offload_optimizer"}
+    assert free(Config) == both | {"accumulation", "save_every", "keep", "log_to", "offload_optimizer"}
     assert free(EvalSettings) == both | {"against"}
 
 

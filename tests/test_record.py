@@ -1,0 +1,71 @@
+"""What is noted of a run beside its log, and where the log is shown too."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from conftest import log_of, train
+
+from engine.checkpoints import newest_checkpoint
+from engine.record import open_boards
+from engine.settings import UserError
+
+
+def test_a_run_notes_its_environment_and_its_checkpoint_has_a_card(config):
+    output = Path(train(config, iterations=2, eval_every=2, eval_annotations=config.annotations, eval_limit=1, p=1.0))
+    environment = json.loads((output / "environment.json").read_text())
+    assert environment["iterations"] == 2 and environment["processes"] == 1
+    assert environment["torch"] == torch.__version__ and environment["python"].startswith("3.")
+    checkpoint = newest_checkpoint(output)
+    card = (checkpoint / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "\n# run\n" in card
+    assert "| stage | GRPO, iteration 2 of 2 |" in card and "| prompts an iteration | 2 |" in card
+    mean = json.loads((output / "eval-000000" / "metrics.json").read_text())["mIoU"]  # the end is measured after saving
+    assert f"Measured at iteration 0 on train.txt, percent:\n\n| | |\n|---|---|\n| R1@0.3 | {0:.1f} |" in card
+    assert f"| mIoU | {mean:.1f} |" in card
+
+
+def test_a_card_of_a_run_that_measured_nothing_says_so_and_replaces_that_of_its_start(config, checkpoint, tmp_path):
+    first = newest_checkpoint(train(config, iterations=1, p=1.0))
+    again = train(config, iterations=1, p=1.0, model=str(first), seed=5, output=str(tmp_path / "second"))
+    card = (newest_checkpoint(again) / "README.md").read_text()
+    assert "Nothing was measured" in card and "# second" in card and "| seed | 5 |" in card
+    assert f"| start | {first} |" in card
+
+
+@pytest.mark.parametrize("name, package", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_board_that_is_not_installed_is_one_sentence(name, package, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
+    with pytest.raises(UserError, match=f"--log-to {name}: .*pip install {name}"):
+        open_boards(SimpleNamespace(output=str(tmp_path), log_to=(name,)), 0)
+
+
+def test_boards_get_every_line_of_the_log(config, monkeypatch):
+    shown = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            self.where = folder, purge_step
+
+        def add_scalar(self, name, value, iteration):
+            shown.append(("tensorboard", *self.where, iteration, name, value))
+
+    def init(**settings):
+        def log(metrics, step):
+            shown.extend(("wandb", settings["name"], settings["resume"], step, *item) for item in metrics.items())
+        return SimpleNamespace(log=log)
+
+    for name, contents in (("torch.utils.tensorboard", {"SummaryWriter": Writer}), ("wandb", {"init": init})):
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    output = train(config, iterations=2, p=1.0, log_to=("tensorboard", "wandb"))
+    expected = {(row["iteration"], name, row[name])
+                for row in log_of(output) for name in row.keys() - {"iteration", "task"}}
+    for board, where in (("tensorboard", (output, 0)), ("wandb", ("run", "allow"))):
+        found = [line for line in shown if line[0] == board]
+        assert {line[3:] for line in found} == expected and len(found) == len(expected) > 20
+        assert {line[1:3] for line in found} == {where}
