@@ -1,0 +1,33 @@
+"""One's own video: where the models of the runs see each query in it."""
+
+import dataclasses
+
+import torch
+
+import rewards
+from data import Sample
+from engine.checkpoints import load_model
+from engine.clips import Item
+from engine.text import normalize_query
+from engine.video import read_video
+from evaluate import EvalSettings, answer, trained_with
+from report.runs import Evaluation
+
+
+def look(run, video, queries) -> Evaluation:
+    """The greedy answers of a run's newest checkpoint, as predictions without a truth.
+
+    Raises OSError where the run has no checkpoint, VideoError where the video cannot be read.
+    """
+    settings = EvalSettings(model=str(run.folder))
+    settings = dataclasses.replace(settings, **trained_with(settings))
+    clip = read_video(video, **settings.clip_settings())
+    model, processor = load_model(settings.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    block = settings.grounding().format.blocks[-1]
+    predictions = []
+    for row, query in enumerate(map(normalize_query, queries)):
+        sample = Sample(video, query, 0.0, 0.0)
+        [[text]] = answer(model, processor, [sample], [Item(row, "tvg", clip)], settings, completions=0)
+        predictions.append({"row": row, "task": "tvg", "sample": 0, "video": video, "query": query, "truth": None,
+                            "completion": text, "span": rewards.parse_span(text, block), "parts": {}, "error": None})
+    return Evaluation(run.name, predictions, {})

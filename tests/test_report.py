@@ -1,0 +1,268 @@
+"""The page about a run: its numbers by hand, what it says of a run that is going, and that it needs no network."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_config, reply, scripted, train, write_lines, write_video
+
+from engine.settings import UserError
+from evaluate import paired_bootstrap
+from report import __main__ as program
+from report import analysis, curves, runs, strips
+from report.page import make_page, marked
+
+# ------------------------------------------------------------------------------------------------ numbers by hand
+
+
+def prediction(row, iou, query="person opens the door", truth=(0.0, 2.0), video=None, task="tvg"):
+    return {"row": row, "task": task, "sample": 0, "video": video or f"v{row}.mp4", "query": query,
+            "truth": list(truth), "completion": reply(f"{truth[0]} to {truth[1]}"), "span": list(truth),
+            "parts": {"format": 1.0, "iou": iou, "total": 1.0 + iou}, "error": None}
+
+
+def test_smoothing_by_hand():
+    y = np.array([0.0, 3.0, 6.0, 3.0, 0.0])
+    assert curves.smooth(y, 3).tolist() == [1.5, 3, 4, 3, 1.5]  # at the ends of two neighbours
+    assert curves.smooth(y, 9).tolist() == [2.4] * 5  # fewer values than the window: their mean
+
+
+def test_a_thinned_curve_keeps_its_peaks_and_its_order():
+    x, y = np.arange(3000), np.zeros(3000)
+    y[1234], y[2345] = 7, -7
+    shown, values = curves.thin(x, y)
+    assert len(shown) <= curves.POINTS and (np.diff(shown) > 0).all()
+    assert dict(zip(shown, values))[1234] == 7 and dict(zip(shown, values))[2345] == -7
+
+
+def test_thirds_by_hand():
+    found = analysis.thirds("segment", [1, 2, 3, None, 4, 5, 6], "s")
+    assert [b.rows for b in found] == [[0, 1], [2, 4], [5, 6]]
+    assert [b.name for b in found] == ["up to 2.7 s", "up to 4.3 s", "above 4.3 s"]
+    assert analysis.thirds("video", [None, None], "s") == []
+    assert [len(b.rows) for b in analysis.thirds("video", [30.0] * 4, "s")] == [4, 0, 0]  # equal ones stay together
+
+
+def test_frequent_verbs_make_half_of_all():
+    counts = analysis.verb_counts(["person opens it", "person opens a door and sits", "a person sits", "person runs",
+                                   "a man is running", "the woman laughs", "a red lamp"])
+    assert counts == {"open": 2, "sit": 2, "run": 2, "laugh": 1}  # seven
+    assert len(analysis.frequent(counts)) == 2  # four of seven
+
+
+def test_the_kinds_of_rows_by_hand(tmp_path):
+    video = str(write_video(tmp_path / "A.mp4", [i / 5 for i in range(50)], size=(28, 28)))  # ten seconds
+    rows = [("person opens the door", (0.0, 2.0)), ("person opens the door again", (8.0, 10.0)),
+            ("a man sits before he laughs", (4.0, 5.0)), ("a red lamp", (0.0, 9.0))]
+    predictions = [prediction(i, 0.5, query, truth, video) for i, (query, truth) in enumerate(rows)]
+    found = {(b.title, b.name): b.rows for b in analysis.bins(predictions, ["person opens it"] * 5 + ["he sits"])}
+    assert found["all", "all rows"] == [0, 1, 2, 3]
+    assert found["middle of the segment in", "first third"] == [0]
+    assert found["middle of the segment in", "middle third"] == [2, 3]  # 4.5 of 10 s
+    assert found["middle of the segment in", "last third"] == [1]
+    assert found["verbs", "all frequent"] == [0, 1] and found["verbs", "one rare"] == [2]
+    assert found["verbs", "none"] == [3] and found["verb", "open"] == [0, 1] and found["verb", "laugh"] == [2]
+    assert found["query with", '"again"'] == [1] and found["query with", '"before"'] == [2]
+    assert found["query with", "none of these words"] == [0, 3] and ("query with", '"then"') not in found
+    assert sum(len(rows) for (title, _), rows in found.items() if title == "segment") == 4
+
+
+def test_a_bins_metric_and_its_interval_by_hand():
+    # Two videos, of one row and of three. Drawing both, or one twice, gives mIoU 0.5, 0.2 or their pooled 0.275.
+    rows = [prediction(0, 0.5, video="a.mp4"), *(prediction(i, 0.2, video="b.mp4") for i in (1, 2, 3))]
+    found = analysis.compare(rows)
+    assert found["mIoU"][0] == pytest.approx(27.5) and found["mIoU"][2:] == pytest.approx((20, 50))
+    assert found["R1@0.5"][0] == 25 and found["R1@0.5"][2:] == pytest.approx((0, 100))
+    assert list(found) == sorted(analysis.METRICS)
+
+
+def test_the_table_of_errors_compares_rows_of_the_same_video_query_and_times():
+    ours = [prediction(i, iou) for i, iou in enumerate((0.9, 0.8, 0.4, 0.1))]
+    theirs = [p | {"row": 3 - p["row"], "parts": p["parts"] | {"iou": 0.3}} for p in reversed(ours)]  # another order
+    table = {(row["title"], row["name"]): row for row in analysis.error_table([("a", ours), ("b", theirs)])}
+    low, gain, high = table["all", "all rows"]["differences"][0]
+    assert gain == pytest.approx(55 - 30)
+    expected = paired_bootstrap(ours, [theirs[3 - i] | {"row": i} for i in range(4)], draws=analysis.DRAWS)["mIoU"]
+    assert (low, high) == pytest.approx(expected[2:])
+    assert table["all", "all rows"]["metrics"][1]["mIoU"] == pytest.approx((30, 30, 30))
+    won, lost = analysis.changed_rows(ours, theirs)
+    assert [a["row"] for _, a, _ in won] == [0, 1, 2] and [round(gain, 1) for gain, _, _ in lost] == [-0.2]
+
+
+def test_evaluations_of_other_rows_are_not_compared():
+    assert analysis.differences([prediction(0, 1.0)], [prediction(0, 1.0, query="a lamp")]) == (
+        "they have no row in common")
+    both = analysis.differences([prediction(0, 0.75)], [prediction(0, 0.25)])
+    assert both["mIoU"] == pytest.approx((75, 25, 50, 50)) and list(both)[0] == "mIoU"
+
+
+def test_cases_by_hand():
+    ours = [prediction(i, iou) for i, iou in enumerate((0.1, 0.9, 0.5, 0.7))]
+    theirs = [prediction(i, iou) for i, iou in enumerate((0.1, 0.8, 0.9, 0.1))]
+    cases = strips.choose_cases([("a", ours), ("b", theirs)], each=2)
+    rows = {kind: [p["row"] for p in found] for kind, found in cases.items()}
+    assert rows["best"] == [1, 3] and rows["worst"] == [0, 2]
+    assert rows["most changed"] == [3, 2]  # +0.6 and -0.4
+    assert len(rows["random"]) == 2 and cases == strips.choose_cases([("a", ours), ("b", theirs)], each=2)
+
+
+def test_anchors_are_bars_before_the_answer():
+    text = ("<think> <timestamp>0 to 9</timestamp> <timestamp>2 to 6</timestamp> </think> <answer>3 to 5</answer>")
+    bars = strips.answer_bars("tar", text, (3.0, 5.0), 0.8)
+    assert [(bar.kind, bar.start, bar.end) for bar in bars] == [
+        ("anchor", 0, 9), ("anchor", 2, 6), ("answer", 3, 5)] and bars[-1].note == "IoU 0.80"
+    assert strips.answer_bars("a", "?", None)[0].note == "no span"
+    assert strips.answer_bars("a", reply("5 to 3"), (5.0, 3.0), 0.0)[0].note == "5 to 3, reversed"
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
+
+def test_how_far_a_run_is_and_when_it_ends(tmp_path):
+    rows = [{"iteration": i, "task": "tvg", "seconds": 2.0 if i < 60 else 4.0} for i in range(100)]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    (tmp_path / "environment.json").write_text('{"iterations": 250}')
+    run = runs.read_run_folder(tmp_path)
+    now = (tmp_path / "metrics.jsonl").stat().st_mtime
+    going = runs.state(run, now + 30)
+    assert going == {"done": 100, "total": 250, "status": "running", "seconds_left": 150 * 4.0}  # of the last fifty
+    assert runs.state(run, now + 601)["status"] == "stopped"
+    (tmp_path / "environment.json").write_text('{"iterations": 100}')
+    assert runs.state(runs.read_run_folder(tmp_path), now + 601)["status"] == "finished"
+
+
+def test_a_log_that_is_being_written_is_read_and_null_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 0, "task": "tvg", "kl": null}\n{"iteration": 1, "task": "tvg", "kl": 0.5}\n{"iter')
+    run = runs.read_run_folder(tmp_path)
+    assert len(run.log) == 2 and [list(v) for v in runs.values(run.log, "kl")] == [[1], [0.5]]
+    path.write_text('{"iteration": 0, "task": "tvg"}\n{"iter\n{"iteration": 1, "task": "tvg"}\n')
+    with pytest.raises(UserError, match="metrics.jsonl, line 2: is no JSON"):
+        runs.read_run_folder(tmp_path)
+    with pytest.raises(UserError, match="there is no such folder"):
+        runs.read_run_folder(tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds neither"):
+        runs.read_run_folder(tmp_path / "empty")
+
+
+def rollout(iteration, n, total, **notes):
+    return {"iteration": iteration, "video": "AAA.mp4", "query": "person runs", "start": 0.0, "end": 2.0, "task": "vd",
+            "completion": f"<answer>{iteration} {n}</answer>", "parts": {"format": 1.0, "vd": total, "total": total},
+            "cut_off": False, "kl": 0.0} | notes
+
+
+def test_groups_flags_and_advantages_by_hand(tmp_path):
+    first = [rollout(0, n, total) for n, total in enumerate((0, 2, 2, 0))]  # mean 1, deviation 1.1547
+    second = [rollout(0, n, 1.0) for n in range(4)]
+    third = [rollout(5, n, n, kl=n / 10, cut_off=n == 2) for n in range(4)]
+    third[1]["parts"]["format"] = 0.0
+    write_lines(tmp_path / "rollouts.0.jsonl", [*first, *second])
+    path = write_lines(tmp_path / "rollouts.1.jsonl", third)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"iteration": 6, "vid')  # being written
+    groups = runs.read_groups(tmp_path, 4)
+    assert [group.iteration for group in groups] == [5, 0, 0]  # the newest first
+    assert [row["advantage"] for row in groups[1].rows] == pytest.approx([-0.866, 0.866, 0.866, -0.866], abs=1e-3)
+    assert groups[2].flags() == {"no-spread"} and groups[0].flags() == {"cut-off", "malformed"}
+    assert groups[0].kl() == 0.3 and groups[1].kl() == 0
+    same = runs.Group(0, "vd", [row | {"completion": "ab"[n % 2]} for n, row in enumerate(first)])
+    assert [names for names, _ in same.distinct()] == ["o1, o3", "o2, o4"]
+
+
+def test_few_iterations_of_many_are_read_and_few_groups_of_many_shown(tmp_path):
+    rows = [rollout(i, n, n, kl=1.0 if i == 2999 else 0.1) for i in range(3000) for n in range(2)]
+    write_lines(tmp_path / "rollouts.0.jsonl", rows)
+    groups = runs.read_groups(tmp_path, 2)
+    assert len(groups) == runs.MAX_ITERATIONS and (groups[0].iteration, groups[-1].iteration) == (2999, 0)
+    chosen = runs.choose_groups(groups, most=20)
+    assert len(chosen) <= 20 and groups[0] in chosen
+
+
+def test_what_differs_between_runs():
+    a, b = (runs.Run(Path(name), name, config=config) for name, config in
+            (("a", {"p": 0.8, "seed": 0}), ("b", {"p": 1.0, "seed": 0, "new": 3})))
+    assert runs.differences([a, b]) == {"p": [0.8, 1.0], "new": [None, 3]}
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, checkpoint):
+    """Two runs of three iterations, measured at the start and the end, every completion kept."""
+    place = tmp_path_factory.mktemp("report")
+    config = make_config(place, checkpoint)
+    texts = [reply("0 to 2"), reply("1 to 3"), reply("person opens the door"), "<b>no tags</b> & more"]
+    with scripted(*texts):
+        for name, p in (("one", 1.0), ("two", 0.4)):
+            train(config, output=str(place / name), p=p, iterations=3, save_rollouts=1, max_new_tokens=60, eval_every=3,
+                  eval_annotations=config.annotations)
+    return place
+
+
+def test_a_page_is_one_file_that_needs_no_network_and_shows_every_part(folder, capsys):
+    program.main(program.parse([str(folder / "one"), "--against", str(folder / "two")]))
+    assert capsys.readouterr().out.strip() == f"open this: {folder / 'one' / 'report.html'}"
+    page = (folder / "one" / "report.html").read_text()
+    assert "<b>finished</b>: 3 iterations of 3" in page
+    for anchor in ("curves", "beside", "rollouts", "strips", "errors", "configuration"):
+        assert f'href="#{anchor}"' in page and f'id="{anchor}"' in page
+    for name in ("tvg/iou", "kl, grounding", "entropy, grounding", "zero_spread, grounding", "seconds", "mIoU", "VC"):
+        assert f"<figcaption>{name}<small>" in page, name
+    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+    assert page.count("data:image/jpeg;base64,") == 2  # two videos, each once
+    sources = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)', page)
+    assert all(source.startswith(("#", "data:")) for found in sources for source in found if source)
+    assert "<b>no tags</b>" not in page and "&lt;b&gt;" in page  # what a model writes is text
+    assert '<tr><td>p</td><td>1.0</td><td>0.4</td></tr>' in page
+
+
+def test_the_numbers_of_a_page_are_those_of_its_files(folder):
+    run = runs.read_run_folder(folder / "one")
+    assert len(run.log) == 3 and [row["iteration"] for row in run.held_out] == [0, 3]
+    assert len(run.groups) == 3 * 2 and all(len(group.rows) == 3 for group in run.groups)
+    mean = json.loads((folder / "one" / "eval-000003" / "metrics.json").read_text())["mIoU"]
+    [entries] = runs.comparable([run])
+    assert analysis.compare(analysis.grounding(entries[-1][1].predictions))["mIoU"][0] == pytest.approx(mean)
+    page = make_page([run])
+    assert f"<td>{mean:.1f}<small>" in page
+
+
+def test_a_page_of_a_run_that_has_just_begun(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"iteration": 0, "task": "sft", "nll": 2.0, "seconds": 60.0}])
+    (tmp_path / "config.json").write_text('{"iterations": 11, "videos": "gone"}')
+    page = make_page([runs.read_run_folder(tmp_path)], watched=True)
+    assert "<b>running</b>: 1 iterations of 11; about 10 min left" in page and 'http-equiv="refresh"' in page
+    assert time.strftime("%Y-%m-%d") in page and 'id="rollouts"' not in page and "nll" in page
+
+
+def test_where_a_model_sees_a_query_in_ones_own_video(folder, alone):
+    video = str(folder / "videos" / "AAA.mp4")
+    with scripted(reply("1 to 4")):
+        program.main(program.parse([str(folder / "one"), "--video", video, "--query", "Person jumps."]))
+    page = (folder / "one" / "report.html").read_text()
+    own = page[page.index("a video of your own"):]
+    assert "“person jumps”" in own and 'title="1.0 to 4.0 s"' in own
+
+
+def test_a_mistake_is_one_sentence(folder, capsys):
+    for argv, words in ((["x", "--video", "a.mp4"], "--video and --query belong together"),
+                        (["x", "--against", *"abcdef"], "a page shows 5 beside the run")):
+        with pytest.raises(SystemExit):
+            program.parse(argv)
+        assert words in capsys.readouterr().err
+
+
+def test_a_completion_is_marked_up_and_escaped():
+    assert str(marked("<answer>a & b</answer>")) == (
+        '<span class="soft" style="display:inline">&lt;answer&gt;</span><b>a &amp; b</b>'
+        '<span class="soft" style="display:inline">&lt;/answer&gt;</span>')
+
+
+def test_nothing_of_the_method_imports_the_report():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "engine").glob("*.py"), *(ROOT / "papers").glob("*.py")]:
+        assert not re.search(r"^\s*(from|import) report", path.read_text(), re.MULTILINE), path
