@@ -22,11 +22,14 @@ run python -c "$check" @demo/toy.args @demo/grpo.args --annotations "$out/train.
 
 run bash demo/warm_start.sh "$seed"
 train=(python invert4tvg.py @demo/toy.args --videos "$out/videos" --seed "$seed" --model "$out/warm")
-grpo=("${train[@]}" @demo/grpo.args --annotations "$out/train.txt" "$@")
+grpo=("${train[@]}" @demo/grpo.args --annotations "$out/train.txt"
+    --eval-every 50 --eval-limit 60 --eval-annotations "$out/val.txt" "$@")
 
 echo "--- 4 of 6: GRPO, with inversion (shown) and on grounding alone ($out/tvg-only.log); about 3 minutes left"
 "${grpo[@]}" --p 1 --output "$out/tvg-only" > "$out/tvg-only.log" 2>&1 &
 other=$!
+python -m report "$out/grpo" --against "$out/tvg-only" --watch > "$out/report.log" 2>&1 &
+echo "    its curves grow in $out/grpo/report.html"
 run "${grpo[@]}" --p 0.8 --output "$out/grpo"
 wait "$other"
 
@@ -43,6 +46,7 @@ for name in warm grpo tvg-only; do evaluate "$name"; done
 wait "$other"
 evaluate supervised
 
-echo "--- 6 of 6: the table"
+echo "--- 6 of 6: the table, and the page"
 python -m demo.table "$out"
+python -m report "$out/grpo" --against "$out/tvg-only" "$out/warm-test" || true  # its packages are optional
 echo "done: videos, models, logs and evaluations are in $out; README.md goes on with Charades-STA and your own data."

@@ -26,8 +26,8 @@ PAPERS_COLUMNS = (*COLUMNS[:4], "format", "2-4 anchors", "anchor gain")
 
 def logged(folder, run, name):
     """One metric of all iterations of a run."""
-    lines = (folder / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)[name] for line in lines]
+    rows = map(json.loads, (folder / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [row[name] for row in rows if row["task"] != "eval"]
 
 
 def minutes(folder, runs):

@@ -25,7 +25,7 @@ def parse(argv=None):
     parser.add_argument("run", metavar="RUN_DIR", help="the --output of a run or of an evaluation")
     parser.add_argument("--against", metavar="OTHER", nargs="+", default=[], help="others to set beside it")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
-    parser.add_argument("--watch", action="store_true", help="write the page anew every half minute until the run ends")
+    parser.add_argument("--watch", action="store_true", help="write the page anew every minute until the run ends")
     parser.add_argument("--video", metavar="FILE", help="a video of your own, for a film strip")
     parser.add_argument("--query", metavar="SENTENCE", nargs="+", default=[], help="what to look for in it")
     args = parser.parse_args(argv)
@@ -63,6 +63,8 @@ def write_page(args) -> tuple[Path, bool]:
 def main(args):
     running = True
     opened = False
+    while args.watch and not all((Path(folder) / "metrics.jsonl").is_file() for folder in (args.run, *args.against)):
+        time.sleep(1)  # the runs are being started
     while running:
         page, running = write_page(args)
         if args.open and not opened:
@@ -70,7 +72,7 @@ def main(args):
             opened = True
         if not args.watch:
             break
-        time.sleep(30 if running else 0)
+        time.sleep(60 if running else 0)
     print(f"open this: {page.resolve()}")
 
 

@@ -122,17 +122,19 @@ def comparisons_of(sets) -> list[dict]:
 def cases_of(entries, films) -> dict:
     """The cases of one set of evaluations, with their strips."""
     labelled = by_label(entries)
+    own = sum(run is entries[0][0] for run, _ in entries)
+    in_order = [*labelled[1:own], labelled[0], *labelled[own:]]  # a run's iterations one after the other
     folders = {run.videos() for run, _ in entries} | {e.settings.get("videos", "") for _, e in entries}
     chosen = strips.choose_cases(labelled)
     paths = {p["video"]: analysis.video_of(p, folders) for found in chosen.values() for p in found}
     films.add(paths.values())
     cases = {kind: [{"query": p["query"], "video": Path(p["video"]).name,
-                     "strip": films.strip(paths[p["video"]], strips.case_bars(p, labelled)),
-                     "completions": completions_of(p, labelled)} for p in found]
+                     "strip": films.strip(paths[p["video"]], strips.case_bars(p, in_order)),
+                     "completions": completions_of(p, in_order)} for p in found]
              for kind, found in chosen.items()}
     rows = len(analysis.grounding(labelled[0][1]))
     title = f"{rows} annotated rows" if rows else "a video of your own"
-    return {"title": f"{title}: {', '.join(label for label, _ in labelled)}", "cases": cases}
+    return {"title": f"{title}: {', '.join(label for label, _ in in_order)}", "cases": cases}
 
 
 def completions_of(prediction, labelled) -> list[tuple]:

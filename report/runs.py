@@ -193,7 +193,7 @@ def evaluations_of(run):
     for record in sorted(run.folder.resolve().parent.glob("*/settings.json")):
         settings = read_json(record)
         if weights and settings.get("model") == weights:
-            yield Evaluation(f"{run.name} ({record.parent.name})", read_predictions(record.parent), settings)
+            yield Evaluation(record.parent.name, read_predictions(record.parent), settings)
 
 
 def comparable(runs) -> list[list[tuple[Run, Evaluation]]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_config, reply, scripted, train, write_lines, write_video
+from conftest import make_config, reply, scripted, train, write_lines, write_video
 
 from engine.settings import UserError
 from evaluate import paired_bootstrap
@@ -261,8 +261,3 @@ def test_a_completion_is_marked_up_and_escaped():
     assert str(marked("<answer>a & b</answer>")) == (
         '<span class="soft" style="display:inline">&lt;answer&gt;</span><b>a &amp; b</b>'
         '<span class="soft" style="display:inline">&lt;/answer&gt;</span>')
-
-
-def test_nothing_of_the_method_imports_the_report():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "engine").glob("*.py"), *(ROOT / "papers").glob("*.py")]:
-        assert not re.search(r"^\s*(from|import) report", path.read_text(), re.MULTILINE), path

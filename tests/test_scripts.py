@@ -56,7 +56,9 @@ def test_the_demo_trains_four_times_and_evaluates_each_result(run):
     assert trained[:2] == ["sees", "warm"]
     assert sorted(trained[2:]) == ["grpo", "supervised", "tvg-only"]
     assert sorted(outputs(calls, "evaluate.py")) == ["grpo-test", "supervised-test", "tvg-only-test", "warm-test"]
-    assert calls[-1] == "python -m demo.table runs/demo-3"
+    assert calls[-2:] == ["python -m demo.table runs/demo-3",
+                          "python -m report runs/demo-3/grpo --against runs/demo-3/tvg-only runs/demo-3/warm-test"]
+    assert any("-m report runs/demo-3/grpo" in call and call.endswith("--watch") for call in calls)  # while it trains
     assert any("--iterations 10 --output runs/demo-3/supervised" in call for call in calls)
 
 
@@ -87,7 +89,12 @@ def test_thinking_is_compared_from_two_warm_starts_of_matching_demonstrations(ru
 def test_a_stage_that_fails_ends_the_demo(run, failing):
     status, message, calls = run("train.sh", "demo", FAIL=f"--output {failing}")
     assert status == 1
-    assert calls[-1] != "python -m demo.table runs/demo-0"
+    assert "python -m demo.table runs/demo-0" not in calls
+
+
+def test_the_demo_needs_no_page(run):
+    status, message, calls = run("train.sh", "demo", FAIL="-m report")
+    assert status == 0 and "python -m demo.table runs/demo-0" in calls, message
 
 
 @pytest.mark.parametrize("gpus, accumulation", [("8", 1), ("4", 2), ("1", 8)])
