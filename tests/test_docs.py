@@ -6,10 +6,11 @@ import importlib
 import json
 import re
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
-from demo import ablations, table
+from demo import ablations, curves, table
 
 README = (ROOT / "README.md").read_text()
 DOCS = {path.relative_to(ROOT).as_posix(): path.read_text()
@@ -42,7 +43,7 @@ def imports_of(path):
 
 @pytest.mark.parametrize("room", FLOORS)
 def test_imports_never_run_back_up(room):
-    ours = {"engine", "papers", "demo", "benchmarks", *(name for name in FLOORS if "." not in name)}
+    ours = {"engine", "papers", "demo", "benchmarks", "report", *(name for name in FLOORS if "." not in name)}
     files = (ROOT / room).glob("*.py") if room == "engine" else [ROOT / f"{room.replace('.', '/')}.py"]
     for path in files:
         for name in imports_of(path):
@@ -84,7 +85,7 @@ def test_every_file_that_a_page_names_exists(name):
 @pytest.mark.parametrize("name", DOCS)
 def test_every_option_that_a_page_names_exists(name):
     programs = ["invert4tvg.py", "evaluate.py", "data.py", "papers/stages.py", "demo/make_demo.py", "engine/lora.py",
-                *(f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py"))]
+                "report/__main__.py", *(f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py"))]
     source = "".join((ROOT / program).read_text() for program in programs)
     others = {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--shutdown-timeout", "--no-deps",
               "--help"}
@@ -130,7 +131,8 @@ def test_the_demos_table_by_hand(tmp_path, capsys):
     metrics = dict.fromkeys(table.COLUMNS, 50.0)
     for run, gain in {"sees": None, "warm": 0, "grpo": 5, "tvg-only": 3, "supervised": 0}.items():
         (tmp_path / run).mkdir()
-        (tmp_path / run / "metrics.jsonl").write_text('{"seconds": 30.0}\n' * 4)
+        measured = '{"task": "eval", "mIoU": 50.0}\n'  # takes no part in the minutes
+        (tmp_path / run / "metrics.jsonl").write_text('{"task": "tvg", "seconds": 30.0}\n' * 4 + measured)
         if gain is not None:
             (tmp_path / f"{run}-test").mkdir()
             gained = {name: value + gain for name, value in metrics.items()}
@@ -141,3 +143,15 @@ def test_the_demos_table_by_hand(tmp_path, capsys):
     assert "| warm start (supervised, short on purpose) | 4.0 |" + " 50.0 |" * 7 in printed  # two stages of 2 minutes
     assert "| + GRPO with inversion, p = 0.8 | 2.0 |" + " 55.0 |" * 7 in printed
     assert "+5.0 mIoU" in printed and "+2.0 points of VC, AR and VD" in printed
+
+
+def test_the_shipped_logs_are_what_the_page_on_reading_says_of_them():
+    def logged(run, name):
+        return np.array(list(curves.read_csv(run, name))[1])
+
+    assert len(logged("grpo", "tvg/iou")) + len(logged("tvg-only", "tvg/iou")) > 300
+    assert logged("grpo", "kl").mean() < 0.3 and logged("runaway", "kl")[5:].min() > 9
+    assert logged("runaway", "tvg/iou")[10:].max() == 0
+    assert logged("tvg-only", "entropy")[-20:].mean() > 5 * logged("collapse", "entropy")[-20:].mean()
+    assert logged("collapse", "zero_spread")[-20:].mean() > 0.8 > 0.2 > logged("tvg-only", "zero_spread").mean()
+    assert logged("hacked", "vd/vd")[-5:].mean() > 0.9 and logged("hacked", "vd/vd_verbs")[-5:].mean() > 2.3

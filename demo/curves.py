@@ -1,0 +1,73 @@
+"""The logs that the repository ships, and the picture of healthy and unhealthy curves in docs/reading.md.
+
+    python -m demo.curves FOLDER    copy the logs of FOLDER/<run>/metrics.jsonl to demo/logs/<run>.csv
+    python -m demo.curves           draw docs/curves.svg from demo/logs/
+
+FOLDER is what demo/demo.sh and, for the unhealthy runs, demo/unhealthy.sh fill.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LOGS = ROOT / "demo" / "logs"
+RUNS = ("grpo", "tvg-only", "runaway", "collapse", "no-spread", "hacked")
+LEFT_OUT = ("sampler_gap_mean", "sampler_gap_max", "clip_low", "clip_high", "redrawn", "skipped")
+PANELS = (  # metric, title, and which runs show it: (run, label), the healthy one first
+    ("kl", "below 0.3 a policy at work,\nabove 9 one that has run away", ("grpo", "runaway")),
+    ("tvg/iou", "and the reward goes with it", ("grpo", "runaway")),
+    ("entropy", "falls slowly, or collapses", ("tvg-only", "collapse")),
+    ("zero_spread", "groups without spread:\nnothing left to learn from", ("tvg-only", "collapse", "no-spread")),
+    ("vd/vd", "a reward that is hacked: it rises,", ("grpo", "hacked")),
+    ("vd/vd_verbs", "because descriptions list verbs", ("grpo", "hacked")),
+)
+
+
+def write_csv(folder):
+    """Every iteration is a row; numbers have four digits, and what a task does not have is empty."""
+    LOGS.mkdir(exist_ok=True)
+    for run in RUNS:
+        rows = map(json.loads, (folder / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        rows = [{name: f"{value:.4g}" if isinstance(value, float) else value
+                 for name, value in row.items() if name not in LEFT_OUT} for row in rows]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        with open(LOGS / f"{run}.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def read_csv(run, name):
+    """-> (iterations, values) of one metric while training."""
+    with open(LOGS / f"{run}.csv", encoding="utf-8", newline="") as file:
+        found = [(int(row["iteration"]), float(row[name])) for row in csv.DictReader(file)
+                 if row["task"] != "eval" and row.get(name)]
+    return zip(*found)
+
+
+def draw():
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from report.curves import smooth, thin
+
+    figure = Figure(figsize=(10.5, 5.6), layout="constrained", facecolor="white")
+    for axes, (name, title, runs) in zip(figure.subplots(2, 3).flat, PANELS):
+        for run, colour in zip(runs, ("#2e8b57", "#c83c32", "#d0861f")):
+            x, y = map(np.array, read_csv(run, name))
+            axes.plot(*thin(x, y), color=colour, linewidth=0.7, alpha=0.35)
+            axes.plot(x, smooth(y, 5), color=colour, linewidth=1.8, label=run)
+        axes.set_title(f"{name}\n{title}", fontsize=9, loc="left")
+        axes.set_yscale("symlog", linthresh=0.1) if name == "kl" else None
+        axes.grid(True, linewidth=0.4)
+        axes.tick_params(labelsize=8)
+        axes.legend(fontsize=8, frameon=False)
+    figure.savefig(ROOT / "docs" / "curves.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        write_csv(Path(sys.argv[1]))
+    draw()
