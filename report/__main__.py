@@ -60,7 +60,8 @@ def write_page(args) -> tuple[Path, bool]:
     return page, bool(runs[0].log) and state(runs[0])["status"] == "running"
 
 
-def main(args):
+def write_pages(args):
+    """One page, or with --watch one a minute until the run ends."""
     running = True
     opened = False
     while args.watch and not all((Path(folder) / "metrics.jsonl").is_file() for folder in (args.run, *args.against)):
@@ -76,12 +77,17 @@ def main(args):
     print(f"open this: {page.resolve()}")
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    args = parse(argv)
     try:
-        main(parse())
+        write_pages(args)
     except ImportError as error:
         sys.exit(f"report: {error}; pip install -r report/requirements.txt installs what the page needs.")
     except (UserError, VideoError, OSError) as error:
         sys.exit(f"report: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

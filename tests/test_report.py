@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -205,7 +206,7 @@ def folder(tmp_path_factory, checkpoint):
 
 
 def test_a_page_is_one_file_that_needs_no_network_and_shows_every_part(folder, capsys):
-    program.main(program.parse([str(folder / "one"), "--against", str(folder / "two")]))
+    program.main([str(folder / "one"), "--against", str(folder / "two")])
     assert capsys.readouterr().out.strip() == f"open this: {folder / 'one' / 'report.html'}"
     page = (folder / "one" / "report.html").read_text()
     assert "<b>finished</b>: 3 iterations of 3" in page
@@ -243,7 +244,7 @@ def test_a_page_of_a_run_that_has_just_begun(tmp_path):
 def test_where_a_model_sees_a_query_in_ones_own_video(folder, alone):
     video = str(folder / "videos" / "AAA.mp4")
     with scripted(reply("1 to 4")):
-        program.main(program.parse([str(folder / "one"), "--video", video, "--query", "Person jumps."]))
+        program.main([str(folder / "one"), "--video", video, "--query", "Person jumps."])
     page = (folder / "one" / "report.html").read_text()
     own = page[page.index("a video of your own"):]
     assert "“person jumps”" in own and 'title="1.0 to 4.0 s"' in own
@@ -255,6 +256,17 @@ def test_a_mistake_is_one_sentence(folder, capsys):
         with pytest.raises(SystemExit):
             program.parse(argv)
         assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="^report: .*gone: there is no such folder; give"):
+        program.main([str(folder / "gone")])
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib", "PIL"])
+def test_a_package_that_is_not_installed_is_one_sentence(package, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
+    for name in [name for name in sys.modules if name.startswith("report.") and name != "report.__main__"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match=f"^report: .*{package}.*; pip install -r report/requirements.txt"):
+        program.main([str(folder / "one")])
 
 
 def test_a_completion_is_marked_up_and_escaped():
