@@ -27,7 +27,7 @@ def look(run, video, queries) -> Evaluation:
     predictions = []
     for row, query in enumerate(map(normalize_query, queries)):
         sample = Sample(video, query, 0.0, 0.0)
-        [[text]] = answer(model, processor, [sample], [Item(row, "tvg", clip)], settings, completions=0)
+        [[text]] = answer(model, processor, [sample], [Item(0, "tvg", clip)], settings, completions=0)
         predictions.append({"row": row, "task": "tvg", "sample": 0, "video": video, "query": query, "truth": None,
                             "completion": text, "span": rewards.parse_span(text, block), "parts": {}, "error": None})
     return Evaluation(run.name, predictions, {})

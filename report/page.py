@@ -4,13 +4,14 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from report import analysis, curves, strips
 from report.runs import Run, choose_groups, comparable, differences, row_of, state
 
-MAX_STACKED = 6  # evaluations below one film strip: the first, the last, and some between
+MAX_STACKED = 6  # evaluations below one film strip
 
 
 def marked(completion) -> Markup:
@@ -84,12 +85,14 @@ def group_path(run, group) -> str:
 
 
 def latest(entries) -> list:
-    """Evaluations of the same rows -> at most MAX_STACKED, the newest of the run itself first, the others in order."""
+    """Evaluations of the same rows -> at most MAX_STACKED: of the first run the newest first, then earlier ones in
+    order and evenly spaced; of each other run the newest.
+    """
     own = [entry for entry in entries if entry[0] is entries[0][0]]
-    ordered = [own[-1], *own[:-1], *(entry for entry in entries if entry[0] is not entries[0][0])]
-    if len(ordered) > MAX_STACKED:
-        ordered = [*ordered[:MAX_STACKED - 1], ordered[-1]]
-    return ordered
+    others = {run.name: (run, evaluation) for run, evaluation in entries if run is not own[0][0]}
+    most = max(1, MAX_STACKED - 1 - len(others))
+    places = np.linspace(0, len(own) - 2, min(most, len(own) - 1)).round().astype(int)
+    return [own[-1], *(own[place] for place in places), *others.values()]
 
 
 def by_label(entries) -> list[tuple]:

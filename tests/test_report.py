@@ -14,7 +14,7 @@ from engine.settings import UserError
 from evaluate import paired_bootstrap
 from report import __main__ as program
 from report import analysis, curves, runs, strips
-from report.page import make_page, marked
+from report.page import latest, make_page, marked
 
 # ------------------------------------------------------------------------------------------------ numbers by hand
 
@@ -82,15 +82,16 @@ def test_a_bins_metric_and_its_interval_by_hand():
 
 def test_the_table_of_errors_compares_rows_of_the_same_video_query_and_times():
     ours = [prediction(i, iou) for i, iou in enumerate((0.9, 0.8, 0.4, 0.1))]
-    theirs = [p | {"row": 3 - p["row"], "parts": p["parts"] | {"iou": 0.3}} for p in reversed(ours)]  # another order
+    other = [prediction(i, iou) for i, iou in enumerate((0.5, 0.3, 0.6, 0.1))]
+    theirs = [p | {"row": 3 - p["row"]} for p in reversed(other)]  # the same rows in another order of the file
     table = {(row["title"], row["name"]): row for row in analysis.error_table([("a", ours), ("b", theirs)])}
     low, gain, high = table["all", "all rows"]["differences"][0]
-    assert gain == pytest.approx(55 - 30)
-    expected = paired_bootstrap(ours, [theirs[3 - i] | {"row": i} for i in range(4)], draws=analysis.DRAWS)["mIoU"]
-    assert (low, high) == pytest.approx(expected[2:])
-    assert table["all", "all rows"]["metrics"][1]["mIoU"] == pytest.approx((30, 30, 30))
+    assert gain == pytest.approx(55 - 37.5)
+    assert (low, high) == pytest.approx(paired_bootstrap(ours, other, draws=analysis.DRAWS)["mIoU"][2:])
+    assert table["all", "all rows"]["metrics"][1]["mIoU"][0] == pytest.approx(37.5)
     won, lost = analysis.changed_rows(ours, theirs)
-    assert [a["row"] for _, a, _ in won] == [0, 1, 2] and [round(gain, 1) for gain, _, _ in lost] == [-0.2]
+    assert [(a["row"], round(gain, 1)) for gain, a, _ in won] == [(1, 0.5), (0, 0.4)]
+    assert [(a["row"], round(gain, 1)) for gain, a, _ in lost] == [(2, -0.2)]
 
 
 def test_evaluations_of_other_rows_are_not_compared():
@@ -108,6 +109,14 @@ def test_cases_by_hand():
     assert rows["best"] == [1, 3] and rows["worst"] == [0, 2]
     assert rows["most changed"] == [3, 2]  # +0.6 and -0.4
     assert len(rows["random"]) == 2 and cases == strips.choose_cases([("a", ours), ("b", theirs)], each=2)
+
+
+def test_few_of_many_evaluations_are_stacked():
+    ours, theirs = (runs.Run(Path(name), name) for name in "ab")
+    entries = [(run, runs.Evaluation(f"{run.name}{i}", [], {})) for run in (ours, theirs) for i in range(0, 13, 1)]
+    assert [e.label for _, e in latest(entries)] == ["a12", "a0", "a4", "a7", "a11", "b12"]
+    assert [e.label for _, e in latest(entries[:1])] == ["a0"]
+    assert [e.label for _, e in latest(entries[:2])] == ["a1", "a0"]
 
 
 def test_anchors_are_bars_before_the_answer():
@@ -244,10 +253,10 @@ def test_a_page_of_a_run_that_has_just_begun(tmp_path):
 def test_where_a_model_sees_a_query_in_ones_own_video(folder, alone):
     video = str(folder / "videos" / "AAA.mp4")
     with scripted(reply("1 to 4")):
-        program.main([str(folder / "one"), "--video", video, "--query", "Person jumps."])
+        program.main([str(folder / "one"), "--video", video, "--query", "Person jumps.", "a door"])
     page = (folder / "one" / "report.html").read_text()
     own = page[page.index("a video of your own"):]
-    assert "“person jumps”" in own and 'title="1.0 to 4.0 s"' in own
+    assert "“person jumps”" in own and "“a door”" in own and own.count('title="1.0 to 4.0 s"') == 2
 
 
 def test_a_mistake_is_one_sentence(folder, capsys):
