@@ -48,5 +48,5 @@ evaluate supervised
 
 echo "--- 6 of 6: the table, and the page"
 python -m demo.table "$out"
-python -m report "$out/grpo" --against "$out/tvg-only" "$out/warm-test" || true  # its packages are optional
 echo "done: videos, models, logs and evaluations are in $out; README.md goes on with Charades-STA and your own data."
+python -m report "$out/grpo" --against "$out/tvg-only" "$out/warm-test" || true  # its packages are optional

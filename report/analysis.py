@@ -71,7 +71,8 @@ def bins(predictions, training_queries=()) -> list[Bin]:
     """Kinds of rows. A verb is frequent or rare in the training queries, or where there are none in these."""
     queries = [p["query"] for p in predictions]
     lengths = [p["truth"][1] - p["truth"][0] for p in predictions]
-    durations = [video_duration(p["video"]) for p in predictions]
+    durations = [p["excerpt"][1] - p["excerpt"][0] if p.get("excerpt") else video_duration(p["video"])
+                 for p in predictions]
     middles = [sum(p["truth"]) / 2 / d if d else None for p, d in zip(predictions, durations)]
     verbs = [found for _, found in rewards.mask_queries(queries)]
     usual = frequent(verb_counts(training_queries or queries))

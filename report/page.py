@@ -51,10 +51,10 @@ FILTERS = {"marked": marked, "shade": shade, "minutes": minutes, "span": span_te
 def make_page(runs: list[Run], watched=False) -> str:
     """Everything about a run, and about others beside it, as one HTML document."""
     films = strips.Films()
-    groups = [(group, group_path(runs[0], group)) for group in choose_groups(runs[0].groups)]
+    groups = [(group, shot_of_group(runs[0], group)) for group in choose_groups(runs[0].groups)]
     sets = [latest(entries) for entries in comparable(runs)]
     cases = [cases_of(entries, films) for entries in sets]
-    films.add(path for _, path in groups)
+    films.add(shot for _, shot in groups)
     progress = state(runs[0]) if runs[0].log else None
     left = progress["seconds_left"] if progress else None
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
@@ -64,7 +64,7 @@ def make_page(runs: list[Run], watched=False) -> str:
         runs=runs, state=progress, watched=watched, ends=clock(time.time() + left) if left else "",
         now=time.strftime("%Y-%m-%d %H:%M"), sections=curves.sections([run for run in runs]),
         comparisons=comparisons_of(sets), tasks=sorted({group.task for group, _ in groups}),
-        groups=[(group, strips.group_strip(films, path, group)) for group, path in groups],
+        groups=[(group, strips.group_strip(films, shot, group)) for group, shot in groups],
         cases=[found for found in cases if found["cases"]], errors=errors_of(runs[0], sets), metrics=analysis.METRICS,
         config_differences=differences(runs), version_differences=differences(runs, "environment"),
         films=films, folder=str(runs[0].folder.resolve()))
@@ -77,8 +77,10 @@ def clock(seconds) -> str:
     return time.strftime("%H:%M" if same_day else "%Y-%m-%d %H:%M", when)
 
 
-def group_path(run, group) -> str:
-    return str(Path(run.videos(), group.rows[0]["video"]))
+def shot_of_group(run, group) -> strips.Shot:
+    row = group.rows[0]
+    excerpt = (row["video_start"], row["video_end"]) if "video_start" in row else None
+    return strips.Shot(str(Path(run.videos(), row["video"])), excerpt)
 
 
 # ------------------------------------------------------------------------------------------------ evaluations
@@ -129,10 +131,13 @@ def cases_of(entries, films) -> dict:
     in_order = [*labelled[1:own], labelled[0], *labelled[own:]]  # a run's iterations one after the other
     folders = {run.videos() for run, _ in entries} | {e.settings.get("videos", "") for _, e in entries}
     chosen = strips.choose_cases(labelled)
-    paths = {p["video"]: analysis.video_of(p, folders) for found in chosen.values() for p in found}
-    films.add(paths.values())
+
+    def shot(p):
+        return strips.Shot(analysis.video_of(p, folders), p.get("excerpt") and tuple(p["excerpt"]))
+
+    films.add(shot(p) for found in chosen.values() for p in found)
     cases = {kind: [{"query": p["query"], "video": Path(p["video"]).name,
-                     "strip": films.strip(paths[p["video"]], strips.case_bars(p, in_order)),
+                     "strip": films.strip(shot(p), strips.case_bars(p, in_order)),
                      "completions": completions_of(p, in_order)} for p in found]
              for kind, found in chosen.items()}
     rows = len(analysis.grounding(labelled[0][1]))

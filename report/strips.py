@@ -42,36 +42,47 @@ class Strip(NamedTuple):
         return [self.duration * i / 4 for i in range(5)]
 
 
+class Shot(NamedTuple):
+    """A video: a file, or the excerpt of it from start to end, in seconds, from whose beginning all times count."""
+
+    path: str
+    excerpt: tuple[float, float] | None = None
+
+    def seconds(self) -> float | None:
+        return self.excerpt[1] - self.excerpt[0] if self.excerpt else video_duration(self.path)
+
+
 class Films:
     """The film strips of a page, each video decoded once."""
 
     def __init__(self):
-        self.numbers = {}  # path -> place in `pictures`
+        self.numbers = {}  # Shot -> place in `pictures`
         self.pictures = []  # data URLs
 
-    def add(self, paths):
+    def add(self, shots):
         """Decode the videos that are new, up to MAX_VIDEOS in all; one that cannot be read has no picture."""
-        new = [path for path in dict.fromkeys(paths) if path not in self.numbers]
+        new = [shot for shot in dict.fromkeys(shots) if shot not in self.numbers]
         new = new[:MAX_VIDEOS - len(self.numbers)]
         with ThreadPoolExecutor(2) as pool:
-            for path, picture in zip(new, pool.map(film, new)):
-                self.numbers[path] = len(self.pictures) if picture else None
+            for shot, picture in zip(new, pool.map(film, new)):
+                self.numbers[shot] = len(self.pictures) if picture else None
                 self.pictures += [picture] if picture else []
 
-    def strip(self, path, bars) -> Strip:
+    def strip(self, shot, bars) -> Strip:
         """The strip of a video with segments below it."""
         shown = max((bar.end for bar in bars), default=1.0)
-        return Strip(self.numbers.get(path), video_duration(path) or shown or 1.0, bars)
+        return Strip(self.numbers.get(shot), shot.seconds() or shown or 1.0, bars)
 
 
-def film(path) -> str | None:
+def film(shot) -> str | None:
     """A video -> FRAMES of its frames side by side, at the middles of equal stretches, as the data URL of a JPEG."""
-    duration = video_duration(path)
+    duration = shot.seconds()
     if not duration:
         return None
+    begin = shot.excerpt[0] if shot.excerpt else 0.0
     try:
-        clip = read_video(path, fps=FRAMES / duration, start=duration / FRAMES / 2, min_frame_pixels=28**2,
-                          max_frame_pixels=FRAME_PIXELS)
+        clip = read_video(shot.path, fps=FRAMES / duration, start=begin + duration / FRAMES / 2, end=begin + duration,
+                          min_frame_pixels=28**2, max_frame_pixels=FRAME_PIXELS)
     except VideoError:
         return None
     frames = clip.frames[:FRAMES].permute(0, 2, 3, 1).numpy()  # (T, H, W, 3)
@@ -98,7 +109,7 @@ def truth_bar(start, end) -> list[Bar]:
     return [Bar("annotated", "truth", start, end)]
 
 
-def group_strip(films, path, group) -> Strip:
+def group_strip(films, shot, group) -> Strip:
     """The strip beside a group of completions."""
     first = group.rows[0]
     bars = truth_bar(first["start"], first["end"])
@@ -106,7 +117,7 @@ def group_strip(films, path, group) -> Strip:
         for names, row in group.distinct():
             span = rewards.last_span(answer_of(row["completion"]))
             bars += answer_bars(names, row["completion"], span, row["parts"]["iou"])
-    return films.strip(path, bars)
+    return films.strip(shot, bars)
 
 
 def answer_of(completion) -> str:

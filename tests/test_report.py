@@ -1,5 +1,7 @@
 """The page about a run: its numbers by hand, what it says of a run that is going, and that it needs no network."""
 
+import base64
+import io
 import json
 import re
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_config, reply, scripted, train, write_lines, write_video
+from PIL import Image
 
 from engine.settings import UserError
 from evaluate import paired_bootstrap
@@ -126,6 +129,17 @@ def test_anchors_are_bars_before_the_answer():
         ("anchor", 0, 9), ("anchor", 2, 6), ("answer", 3, 5)] and bars[-1].note == "IoU 0.80"
     assert strips.answer_bars("a", "?", None)[0].note == "no span"
     assert strips.answer_bars("a", reply("5 to 3"), (5.0, 3.0), 0.0)[0].note == "5 to 3, reversed"
+
+
+def test_a_film_shows_the_middles_of_eight_stretches_of_a_video_or_of_its_excerpt(tmp_path):
+    video = str(write_video(tmp_path / "A.mp4", [i / 5 for i in range(40)], size=(28, 28)))  # 40 grey levels in 8 s
+    for shot, middles in ((strips.Shot(video), [0.5 + k for k in range(8)]),
+                          (strips.Shot(video, (4.0, 8.0)), [4.25 + k / 2 for k in range(8)])):
+        data = base64.b64decode(strips.film(shot).removeprefix("data:image/jpeg;base64,"))
+        grey = np.asarray(Image.open(io.BytesIO(data)).convert("L"), dtype=float)
+        shown = [(grey[:, 28 * k + 10:28 * k + 18].mean() - 8) / 6 / 5 for k in range(8)]  # seconds, as conftest paints
+        assert grey.shape == (28, 8 * 28) and shown == pytest.approx(middles, abs=0.21)
+    assert strips.film(strips.Shot(str(tmp_path / "gone.mp4"))) is None
 
 
 # ------------------------------------------------------------------------------------------------ a run
