@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from conftest import ROOT, make_config, reply
 
 import grpo
 import rewards
-from engine.annotations import load_annotations
+from engine.annotations import Sample, load_annotations
 
 PAGE = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
 WORDS = " ".join(PAGE.split())  # the page's paragraphs, however they are wrapped
@@ -42,7 +41,7 @@ def step(logits, advantages, kl_coef):
 
 
 def test_the_worked_group_is_what_the_program_computes():
-    sample = SimpleNamespace(start=2.0, end=6.0)
+    sample = Sample("A.mp4", "person opens the door", 2.0, 6.0)
     first = table("| completion | answer |")
     texts = [cells[0] if "without tags" in cells[0] else reply(cells[0]) for cells in first]
     scores = [rewards.score("tvg", text, sample) for text in texts]
@@ -137,7 +136,7 @@ def test_the_changed_reward_task_and_prompt_by_hand(monkeypatch):
     monkeypatch.setattr(papers.rewards, "GROUNDINGS", papers.rewards.GROUNDINGS.copy())
     changed["papers"]["GROUNDINGS"] = papers.rewards.GROUNDINGS
     exec(RECIPES[0], changed["papers"])
-    sample = SimpleNamespace(start=2.0, end=6.0)
+    sample = Sample("A.mp4", "person opens the door", 2.0, 6.0)
     for answer, total in (("2 to 6", 2), ("1 to 8", 1.5), ("4 to 8", 1), ("nothing", 0)):
         parts = rewards.score("tvg", reply(answer), sample, grounding=papers.rewards.GROUNDINGS["ends"])
         assert parts["total"] == total
