@@ -127,9 +127,9 @@ def comparisons_of(sets) -> list[dict]:
 def cases_of(entries, films) -> dict:
     """The cases of one set of evaluations, with their strips."""
     labelled = by_label(entries)
+    folders = folders_of(entries)
     own = sum(run is entries[0][0] for run, _ in entries)
     in_order = [*labelled[1:own], labelled[0], *labelled[own:]]  # a run's iterations one after the other
-    folders = {run.videos() for run, _ in entries} | {e.settings.get("videos", "") for _, e in entries}
     chosen = strips.choose_cases(labelled)
 
     def shot(p):
@@ -145,6 +145,11 @@ def cases_of(entries, films) -> dict:
     return {"title": f"{title}: {', '.join(label for label, _ in in_order)}", "cases": cases}
 
 
+def folders_of(entries) -> set[str]:
+    """Where the videos of evaluations may lie."""
+    return {run.videos() for run, _ in entries} | {e.settings.get("videos", "") for _, e in entries}
+
+
 def completions_of(prediction, labelled) -> list[tuple]:
     """What each evaluation's model wrote to a grounding row."""
     return [(label, p["completion"]) for label, predictions in labelled for p in predictions
@@ -154,7 +159,9 @@ def completions_of(prediction, labelled) -> list[tuple]:
 def errors_of(run, sets) -> dict | None:
     """The error analysis of the largest set of grounding rows."""
     for entries in sets:
-        newest = last_of_each_run(entries)
+        folders = folders_of(entries)
+        newest = [(label, [p | {"video": analysis.video_of(p, folders)} for p in rows])
+                  for label, rows in last_of_each_run(entries)]
         if analysis.grounding(newest[0][1]):
             changed = []
             for theirs, rows in newest[1:]:

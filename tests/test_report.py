@@ -252,8 +252,11 @@ def test_the_numbers_of_a_page_are_those_of_its_files(folder):
     mean = json.loads((folder / "one" / "eval-000003" / "metrics.json").read_text())["mIoU"]
     [entries] = runs.comparable([run])
     assert analysis.compare(analysis.grounding(entries[-1][1].predictions))["mIoU"][0] == pytest.approx(mean)
+    moved = [p | {"video": f"elsewhere/{Path(p['video']).name}"} for p in entries[-1][1].predictions]
+    run.evaluations[-1] = run.evaluations[-1]._replace(predictions=moved)  # as if made in another folder
     page = make_page([run])
     assert f"<td>{mean:.1f}<small>" in page
+    assert "middle of the segment in" in page  # the videos' lengths are known, by the folder of the run's own
 
 
 def test_a_page_of_a_run_that_has_just_begun(tmp_path):
