@@ -316,7 +316,7 @@ def keep_files(folder, partial):
     """
     for path in folder.iterdir():
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth") or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name not in ("run.json", "README.md"):
+        if path.is_file() and not weights and path.name != "run.json":
             shutil.copyfile(path, partial / path.name)
     umask = os.umask(0)
     os.umask(umask)
