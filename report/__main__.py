@@ -60,12 +60,19 @@ def write_page(args) -> tuple[Path, bool]:
     return page, bool(runs[0].log) and state(runs[0])["status"] == "running"
 
 
+def has_begun(folder) -> bool:
+    """Whether a run has finished an iteration; before the first there may be a log with a measurement alone."""
+    from report.runs import read_jsonl
+
+    return any(row["task"] != "eval" for row in read_jsonl(Path(folder) / "metrics.jsonl"))
+
+
 def write_pages(args):
     """One page, or with --watch one a minute until the run ends."""
     running = True
     opened = False
-    while args.watch and not all((Path(folder) / "metrics.jsonl").is_file() for folder in (args.run, *args.against)):
-        time.sleep(1)  # the runs are being started
+    while args.watch and not all(map(has_begun, (args.run, *args.against))):
+        time.sleep(1)
     while running:
         page, running = write_page(args)
         if args.open and not opened:

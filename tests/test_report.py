@@ -173,6 +173,16 @@ def test_a_log_that_is_being_written_is_read_and_null_is_left_out(tmp_path):
         runs.read_run_folder(tmp_path / "empty")
 
 
+def test_a_page_waits_for_the_first_iteration(tmp_path):
+    assert not program.has_begun(tmp_path / "gone")
+    (tmp_path / "metrics.jsonl").touch()
+    assert not program.has_begun(tmp_path)
+    write_lines(tmp_path / "metrics.jsonl", [{"iteration": 0, "task": "eval", "mIoU": 1.0}])
+    assert not program.has_begun(tmp_path)
+    write_lines(tmp_path / "metrics.jsonl", [{"iteration": 0, "task": "eval"}, {"iteration": 0, "task": "tvg"}])
+    assert program.has_begun(tmp_path)
+
+
 def rollout(iteration, n, total, **notes):
     return {"iteration": iteration, "video": "AAA.mp4", "query": "person runs", "start": 0.0, "end": 2.0, "task": "vd",
             "completion": f"<answer>{iteration} {n}</answer>", "parts": {"format": 1.0, "vd": total, "total": total},
