@@ -28,6 +28,7 @@ import rewards
 from engine.annotations import WINDOWS
 from engine.checkpoints import find_model, fingerprint, load_model, read_run
 from engine.clips import Clips, Item, frames_in_words, read_ahead
+from engine.files import strict_json, write_text
 from engine.predictions import (
     claim_output,
     format_comparison,
@@ -180,7 +181,7 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
                 for item, texts in zip(items, answer(model, processor, samples, items, settings, completions)):
                     sample = samples[item.index]
                     for number, text in enumerate(texts):
-                        file.write(json.dumps({
+                        file.write(strict_json({
                             "row": item.index, "task": item.task, "sample": number, **identity(sample),
                             "video_end": item.clip and item.clip.end, "completion": text,
                             "span": rewards.parse_span(text, block) if item.task == "tvg" else None,
@@ -191,7 +192,7 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
     made = [p for p in read_predictions(output, samples) if (p["row"], p["task"]) in wanted]
     metrics = summarize(made, settings.grounding())
     if rank == 0:
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 

@@ -130,7 +130,7 @@ def sample_group(model: nn.Module, prompts: list[Prompt], G: int, max_new_tokens
         if temperature == 0:
             token = all_logps.argmax(dim=-1, keepdim=True)  # (N, 1)
         else:
-            token = torch.multinomial(all_logps.exp(), 1, generator=generator)
+            token = torch.multinomial(all_logps.exp().nan_to_num_(1.0), 1, generator=generator)  # NaN: no step follows
         logp = all_logps.gather(1, token).squeeze(1)  # (N,)
         token = token.squeeze(1)
         live = ~ended

@@ -37,14 +37,15 @@ from engine.lora import MemorySettings, WithoutAdapters
 from engine.optimizer import sharded_adamw
 from engine.parallel import data_parallel, frozen_reference
 from engine.prompts import completion_texts, encode_completions
+from engine.recovery import Saves, Saving, check_space, finite_everywhere, keep_batch
 from engine.rollouts import append_rollouts
-from engine.runtime import Log, StopSignal, combine, group_metrics, launch, random_generator, say
+from engine.runtime import Log, StopSignal, combine, counted, group_metrics, launch, random_generator, say
 from engine.settings import UserError, flag, parse_settings
 
 
 @dataclass(frozen=True)
-class Config(MemorySettings, data.Settings):
-    """The settings of a training run: those of data.Settings (files, videos, formats), of memory, and these.
+class Config(MemorySettings, Saving, data.Settings):
+    """The settings of a training run: those of data.Settings (files, videos, formats), of memory, of saving, and these.
 
     A number is above `above`, at least `least`, at most `most`. needs="x": valid only together with --x. unless="x":
     not allowed together with --x. free: may change when a run goes on. engine/settings.py checks all of this.
@@ -89,13 +90,6 @@ class Config(MemorySettings, data.Settings):
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass; released code")
     # the run
     seed: int = flag(0, "of task draws, sample order and sampling", least=0, most=2**63 - 1)
-    save_every: int = flag(500, "iterations between checkpoints; one is written at the end in any case", above=0,
-                           free=True)
-    keep: int = flag(2, "checkpoints kept", above=0, free=True)
-    save_rollouts: int = flag(50, "iterations between those whose completions are kept in rollouts.<rank>.jsonl, for "
-                              "`python -m report`; 0: none; papers/stages.py needs 1", least=0,
-                              unless="demonstrations")
-    log_to: tuple = flag((), "show the log there too; docs/metrics.md", choices=("tensorboard", "wandb"), free=True)
     eval_every: int = flag(0, "iterations between evaluations on held-out samples (Figure 1, right); 0: none", least=0)
     eval_annotations: str = flag("data/charades_sta_test.txt", "held-out rows", needs="eval_every")
     eval_videos: str = flag("", "their videos; empty: --videos", needs="eval_every")
@@ -264,11 +258,15 @@ def update(run: Run, batches: list[Batch], lr: float) -> dict[str, float]:
                 values["sampler_gap_max"] = gap.max().item()
             metrics.append(values)
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
-        if norm.isfinite():  # the same on all ranks; else the step is left out and counted
+        losses = [values["loss"] for values in metrics[-len(batches):]]
+        finite = finite_everywhere([norm, *losses], norm.device)  # else all ranks leave the step out and count it
+        if finite:
             run.optimizer.param_groups[0]["lr"] = lr
             run.optimizer.step()
+        else:
+            keep_batch(config.output, batches)
         run.optimizer.zero_grad(set_to_none=False)  # the gradients are views of DDP's buckets; None would force a copy
-        metrics.append({"grad_norm": norm.item(), "skipped": float(not norm.isfinite())})
+        metrics.append({"grad_norm": norm.item(), "skipped": float(not finite)})
     return combine(metrics)
 
 
@@ -306,6 +304,7 @@ def train(config: Config, device: torch.device):
     checkpoints.start_output(config, resume_from)
     say(f"model: {resume_from or origin['start']}")
     run = make_run(config, device, samples, completions, sampler, resume_from or origin["start"], origin["start"])
+    check_space(config.output, run.model)
     start = checkpoints.resume(resume_from, run.model, run.optimizer)
 
     # What each iteration needs on this rank: for every slot, a prompt's place in it, the samples to try until a video
@@ -314,9 +313,10 @@ def train(config: Config, device: torch.device):
     arriving = read_ahead(Clips(samples, config.clip_settings()), wanted, config.workers, config.clip_timeout)
     log = Log(config, start, total)
     stop = StopSignal()
+    saves = Saves(config, total, device)
     step = supervised_iteration if completions else grpo_iteration
 
-    for iteration in range(start, total):
+    for iteration in counted(start, total):
         if config.eval_every and iteration % config.eval_every == 0:
             evaluate.measure(run.model, run.processor, held_out, config, iteration, log)
         began = time.perf_counter()
@@ -332,7 +332,7 @@ def train(config: Config, device: torch.device):
 
         stopping = stop.on_any_rank(device)
         done = iteration + 1
-        if done % config.save_every == 0 or done == total or stopping:
+        if saves.are_due(done, metrics, stopping):
             progress = {"iteration": done, "iterations": total, "prompts": prompts_per_iteration} | origin
             checkpoints.save_checkpoint(config, progress, run.model, run.processor, run.optimizer)
         if stopping and done < total:

@@ -4,19 +4,22 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from engine.attention import install_attention
+from engine.files import MANIFEST, cut_log, flush, seal, write_text
 from engine.lora import add_adapters, merged_weights
+from engine.prompts import check_template
 from engine.record import model_card
-from engine.runtime import say
+from engine.recovery import check_finite, iteration_of, newest_whole
+from engine.runtime import gather, on_rank_0, say, together
 from engine.settings import UserError, changed_options
 
 
@@ -31,12 +34,6 @@ class Processor(NamedTuple):
 
 
 PUBLISHED = ("*.json", "*.jinja", "*.txt", "*.safetensors", "LICENSE*")  # what is taken from a hub's model
-
-
-def iteration_of(checkpoint):
-    """The number in checkpoint-000123; None for another name, such as an unfinished checkpoint's."""
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else None
 
 
 def newest_checkpoint(folder):
@@ -74,7 +71,7 @@ def find_model(name):
 def fingerprint(folder):
     """A digest of a checkpoint's weights: their files' names, sizes, and sixteen places of a megabyte in each."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in sorted(set(Path(folder).glob("*.safetensors")) - set(Path(folder).glob("optimizer.*"))):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
@@ -96,12 +93,14 @@ def load_model(name, device):
     logging.disable_progress_bar()  # of files that load in seconds
     folder = find_model(name)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        # Nothing is unpickled or run that a folder holds, and no hub is asked.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         check_config(name, config)
         model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        pixels, _ = ImageProcessingMixin.get_image_processor_dict(folder)
+            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, output_loading_info=True,
+            use_safetensors=True, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        pixels, _ = ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if str(error).startswith("--model"):
             raise
@@ -110,6 +109,10 @@ def load_model(name, device):
     model = model.to(device)
     check_weights(name, model, loading)
     check_tokenizer(name, tokenizer, config)
+    try:
+        check_template(tokenizer)
+    except ValueError as error:
+        raise OSError(f"--model {name}: its chat template {error}; copy that of the model it was made from.") from error
     if not {"image_mean", "image_std"} <= pixels.keys():
         raise OSError(f"--model {name}: its preprocessor_config.json states no image_mean and image_std.")
     install_attention(model)
@@ -190,12 +193,12 @@ def recompute_activations(model):
 
 
 def find_run(config, prompts):
-    """Look for an earlier call's run in --output -> (its newest checkpoint or None, whether it is finished).
+    """Look for an earlier call's run in --output -> (its newest whole checkpoint or None, whether it is finished).
 
     The same configuration goes on with its run, also on another number of processes as long as an iteration has as many
     `prompts`. Raises UserError for another configuration, rather than mixing two runs.
     """
-    newest = newest_checkpoint(config.output)
+    newest = newest_whole(config.output)
     if newest is None:
         return None, False
     state = read_run(newest)
@@ -244,32 +247,35 @@ def check_first_kl(config, iteration, metrics):
 
 def start_output(config, resume_from):
     """Make --output ready: cut its logs back to the checkpoint that the run goes on from, note the configuration."""
-    dist.barrier()  # every rank has looked before rank 0 writes
-    if dist.get_rank() == 0:
+    def prepare():
         output = Path(config.output)
-        output.mkdir(parents=True, exist_ok=True)
-        start = int(resume_from.name.split("-")[1]) if resume_from else 0
+        start = iteration_of(resume_from) if resume_from else 0
         for log in (output / "metrics.jsonl", *output.glob("rollouts.*.jsonl")):
-            _cut_log(log, start)
-        (output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
+            if log.exists():
+                cut_log(log, start)
+        for partial in output.glob("checkpoint-*.partial"):
+            shutil.rmtree(partial)
+        write_text(output / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+    dist.barrier()  # every rank has looked before rank 0 writes
+    on_rank_0(prepare)
     if resume_from:
         say(f"going on from {resume_from}")
 
 
-def _cut_log(log, start):
-    """Keep the lines of iterations before `start`."""
-    lines = log.read_text(encoding="utf-8").split("\n") if start and log.exists() else []
-    whole = [line for line in lines if line.endswith("}")]  # a crash may have cut the last one off
-    try:
-        kept = [line + "\n" for line in whole if json.loads(line)["iteration"] < start]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{log}: holds a line that is no log's ({error!r}); mend it, or move the file away.") from error
-    log.write_text("".join(kept), encoding="utf-8")
-
-
 def read_run(checkpoint):
-    """-> what `save_checkpoint` noted: "iteration" and, of the whole run, "iterations", "prompts", "config"."""
-    return json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
+    """-> what `save_checkpoint` noted: "iteration" and, of the whole run, "iterations", "prompts", "config".
+
+    Raises UserError where the file is damaged.
+    """
+    path = checkpoint / "run.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(state["config"], dict):
+            return state
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise UserError(f"{path}: is damaged; give another checkpoint.")
 
 
 def save_checkpoint(config, progress, model, processor, optimizer):
@@ -280,33 +286,73 @@ def save_checkpoint(config, progress, model, processor, optimizer):
     README.md, and the weights are ours, adapters merged into them. The adapters themselves are saved beside their
     optimiser's state.
 
-    It is written under another name and renamed when complete, so a crash never leaves a half checkpoint behind.
+    A crash at any moment leaves the checkpoints before it whole: a new one is written under another name, flushed to
+    the disk with a manifest of its files, and renamed; only then are old ones deleted. The logs are flushed first.
+    Raises UserError where it cannot be written, or where a weight is not finite.
     """
     rank = dist.get_rank()
-    final = Path(config.output) / f"checkpoint-{progress['iteration']:06d}"
+    output = Path(config.output)
+    final = output / f"checkpoint-{progress['iteration']:06d}"
     partial = final.with_suffix(".partial")
-    if rank == 0:
+    share = f"optimizer.{rank}.safetensors"
+    entries = {}
+
+    def begin():
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
         model.save_pretrained(partial, state_dict=merged_weights(model))
-        keep_files(processor.folder, partial)
+        keep_files(newest_checkpoint(output) or processor.folder, partial)  # the latter may be deleted by now
         record = progress | {"config": dataclasses.asdict(config)}
         (partial / "run.json").write_text(json.dumps(record), encoding="utf-8")
         (partial / "README.md").write_text(model_card(config, progress), encoding="utf-8")
-    dist.barrier()
-    names = {p: name for name, p in model.named_parameters()}
-    states = {names[p]: dict(state) for p, state in optimizer.optim.state.items()}
-    if config.lora_rank:
-        for p in optimizer.optim.state:
-            states[names[p]]["weight"] = p.detach()
-    torch.save(states, partial / f"optimizer.{rank}.pt")
-    dist.barrier()
-    if rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
+        entries.update(seal(sorted(partial.iterdir())))
+        flush(output / "metrics.jsonl")
+
+    def add_share():
+        save_file(optimizer_tensors(model, optimizer), partial / share)
+        entries.update(seal([partial / share]))
+        completions = output / f"rollouts.{rank}.jsonl"
+        if completions.exists():
+            flush(completions)
+
+    def publish(files):
+        write_text(partial / MANIFEST, json.dumps({"files": files}, indent=1))
+        umask = os.umask(0)
+        os.umask(umask)
+        for path in partial.iterdir():
+            path.chmod(0o666 & ~umask)  # the library's weights are readable by their owner alone
         partial.rename(final)
-        complete = [path for path in Path(config.output).glob("checkpoint-*") if iteration_of(path) is not None]
+        flush(output)
+        complete = [path for path in output.glob("checkpoint-*") if iteration_of(path) is not None]
         for old in sorted(complete, key=iteration_of)[:-config.keep]:
             shutil.rmtree(old)
-    dist.barrier()
+
+    try:
+        together(lambda: check_finite(model, optimizer))
+        on_rank_0(begin)
+        together(add_share)
+        files = {name: entry for entries in gather(entries) for name, entry in entries.items()}
+        on_rank_0(publish, files)
+    except (OSError, SafetensorError) as error:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{final}: could not be written ({reason}); the checkpoints before it are whole; make room, or "
+                        "mend the disk, and give the same command again.") from error
+
+
+def optimizer_tensors(model, optimizer):
+    """This rank's share of the optimiser's state as {"NAME.KIND": tensor}; the count of steps is a tensor too.
+
+    Of adapters, which are merged in the model's own file, the weights come along.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    tensors = {}
+    for p, state in optimizer.optim.state.items():
+        if "lora_" in names[p]:
+            tensors[f"{names[p]}.weight"] = p.detach()
+        tensors |= {f"{names[p]}.{kind}": torch.as_tensor(value) for kind, value in state.items()}
+    return {name: value.contiguous() for name, value in tensors.items()}
 
 
 def keep_files(folder, partial):
@@ -316,12 +362,8 @@ def keep_files(folder, partial):
     """
     for path in folder.iterdir():
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth") or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name != "run.json":
+        if path.is_file() and not weights and path.name not in ("run.json", MANIFEST):
             shutil.copyfile(path, partial / path.name)
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in partial.iterdir():
-        path.chmod(0o666 & ~umask)  # the library's weights are readable by their owner alone
 
 
 def resume(checkpoint, model, optimizer):
@@ -335,20 +377,30 @@ def resume(checkpoint, model, optimizer):
 def load_optimizer(checkpoint, model, optimizer):
     """Give every parameter of this rank's shard its saved state, whatever number of ranks wrote it; adapters' weights
     too, to every rank.
+
+    Raises UserError where a share cannot be read or a parameter's state is missing (before the first step all are).
     """
+    names = {p: name for name, p in model.named_parameters()}
     parameters = dict(model.named_parameters())
-    mine = {p for group in optimizer.optim.param_groups for p in group["params"]}
-    for path in sorted(checkpoint.glob("optimizer.*.pt")):
+    mine = {names[p] for group in optimizer.optim.param_groups for p in group["params"]}
+    found = set()
+    for path in sorted(checkpoint.glob("optimizer.*.safetensors")):
         try:
-            states = torch.load(path, map_location="cpu", mmap=True)
-        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path}: cannot be read; remove {checkpoint} to go on from the one before.") from error
-        for name, state in states.items():
-            p = parameters[name]
-            if "weight" in state:
-                p.data.copy_(state.pop("weight"))
-            if p in mine:
-                own = optimizer.optim.state_of(p)
-                own["step"] = state.pop("step")
-                for key, value in state.items():
-                    own[key].copy_(value)
+            with safe_open(path, "pt") as share:
+                for key in share.keys():
+                    name, _, kind = key.rpartition(".")
+                    if kind == "weight":
+                        parameters[name].data.copy_(share.get_tensor(key))
+                    elif name in mine:
+                        found.add(name)
+                        own = optimizer.optim.state_of(parameters[name])
+                        if kind == "step":
+                            own["step"] = share.get_tensor(key).item()
+                        else:
+                            own[kind].copy_(share.get_tensor(key))
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); remove {checkpoint} to go on from the one before."
+                            ) from error
+    if found and found != mine:
+        raise UserError(f"{checkpoint}: the optimiser's state of {len(mine - found)} weights is missing; remove the "
+                        "folder to go on from the one before.")

@@ -7,13 +7,17 @@ import collections
 import contextlib
 import math
 import multiprocessing
+import os
 import signal
 import sys
 import textwrap
+import threading
+import time
 from dataclasses import dataclass, field
 
 from torch.utils.data import DataLoader, Dataset
 
+from engine.runtime import now
 from engine.settings import UserError
 from engine.video import Clip, VideoError, check_start, read_video
 
@@ -93,7 +97,7 @@ def read_ahead(clips: Clips, batches, workers: int, patience: float):
 
     of_workers = {}
     if workers:
-        of_workers = {"worker_init_fn": _ignore_interrupt, "prefetch_factor": 2, "timeout": patience,
+        of_workers = {"worker_init_fn": _begin_worker, "prefetch_factor": 2, "timeout": patience,
                       "multiprocessing_context": _start_method()}
     loader = DataLoader(clips, batch_sampler=noted(), num_workers=workers, collate_fn=_unchanged, **of_workers)
     with _quiet_start():
@@ -107,10 +111,11 @@ def read_ahead(clips: Clips, batches, workers: int, patience: float):
             if "DataLoader" not in str(error):
                 raise
             first = [candidates[0] for candidates in expected[0]]
-            videos = sorted({clips.samples[index].video for index, _ in first})
-            raise UserError(f"{', '.join(videos)}: not decoded within {patience:g} seconds, or a worker was killed (by "
-                            "a lack of memory, say); look at the files, --workers and --clip-timeout.") from error
+            now.videos = sorted({clips.samples[index].video for index, _ in first})
+            raise UserError(f"{', '.join(now.videos)}: not decoded within {patience:g} seconds, or a worker was killed "
+                            "(by a lack of memory, say); look at the files, --workers and --clip-timeout.") from error
         expected.popleft()
+        now.videos = [clips.samples[item.index].video for item in items]
         yield items
 
 
@@ -144,5 +149,13 @@ def _unchanged(batch):
     return batch
 
 
-def _ignore_interrupt(worker):
+def _begin_worker(worker):
+    """Leave Ctrl-C to the program, and end with it however it ends, also while a file system does not answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

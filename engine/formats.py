@@ -126,7 +126,8 @@ def reason_of(error, record):
     """What is wrong with a record, in words for its author."""
     if isinstance(error, KeyError):
         return f"no field {error}"
-    return str(error) if isinstance(error, RowError) else shown(record)
+    reason = str(error) if isinstance(error, RowError) else shown(record)
+    return " ".join(reason.split())  # one line, whatever the record holds
 
 
 def shown(record):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from engine.files import write_text
 from engine.settings import UserError, changed_options
 
 
@@ -86,7 +87,7 @@ def claim_output(settings, model: str):
     if dist.get_rank() == 0:
         record.parent.mkdir(parents=True, exist_ok=True)
         noted = dataclasses.asdict(settings) | {"model": model}
-        record.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+        write_text(record, json.dumps(noted, indent=2) + "\n")
 
 
 def format_metrics(metrics: dict) -> str:

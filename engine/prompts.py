@@ -4,7 +4,9 @@ T frames of H x W pixels; two frames make one grid step, and 28 x 28 pixels of i
 """
 
 import functools
+import re
 
+import jinja2
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -15,12 +17,28 @@ PATCH, MERGE, TEMPORAL = 14, 2, 2  # patches of 14 x 14 pixels x 2 frames, 2 x 2
 def encode_prompt(tokenizer, text: str, visual_tokens: int) -> list[int]:
     """-> prompt ids: chat template, `visual_tokens` video pads, `text`, the assistant's opening.
 
-    The text is tokenised apart from the template with special tokens switched off, so that a query which spells
-    "<|im_end|>" stays text.
+    The text is tokenised apart from the template, and a token's own spelling in it in two parts, so that a query which
+    spells "<|im_end|>" stays text.
     """
     before, after, pad_at = _template(tokenizer)
-    body = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    parts = re.split(_inside_tokens(tokenizer), text)
+    body = [token for part in parts for token in tokenizer(part, add_special_tokens=False)["input_ids"]]
     return before[:pad_at] + [before[pad_at]] * visual_tokens + before[pad_at + 1:] + body + after
+
+
+@functools.lru_cache(maxsize=1)
+def _inside_tokens(tokenizer):
+    """A pattern of the places behind the first character of what spells an added token, such as "<|im_end|>"."""
+    spelled = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    return "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in spelled)
+
+
+def check_template(tokenizer):
+    """Raise ValueError, which says why, where a tokenizer's chat template does not make prompts."""
+    try:
+        _template(tokenizer)
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"makes no prompt ({error})") from error
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,11 +1,11 @@
 """The completions of a run that are kept to be read: rollouts.<rank>.jsonl."""
 
-import json
 from pathlib import Path
 
 import torch.distributed as dist
 
 from engine.annotations import demonstration_row
+from engine.files import strict_json
 
 
 def append_rollouts(output, iteration, task, samples, texts, scores, ended, batches):
@@ -20,7 +20,7 @@ def append_rollouts(output, iteration, task, samples, texts, scores, ended, batc
         for n, (text, parts, kl) in enumerate(zip(texts, scores, completion_kl(batches))):
             row = demonstration_row(samples[n // per_sample], task, text)
             notes = {"parts": parts, "cut_off": not ended[n], "kl": kl}
-            file.write(json.dumps({"iteration": iteration} | row | notes) + "\n")
+            file.write(strict_json({"iteration": iteration} | row | notes) + "\n")
 
 
 def completion_kl(batches):

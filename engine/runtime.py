@@ -1,19 +1,23 @@
-"""Processes, the workers that decode videos, signals, and the log."""
+"""Processes: how they are joined, how they end together, signals, and the log."""
 
+import contextlib
 import datetime
-import json
+import functools
+import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from engine.files import locked, strict_json
 from engine.progress import progress
 from engine.record import note_environment, open_boards
 from engine.settings import UserError
@@ -21,11 +25,14 @@ from engine.video import VideoError
 
 JOINING = datetime.timedelta(minutes=5)  # in which all processes must be there
 
+now = SimpleNamespace(iteration=None, videos=())  # what this rank is at; its errors name it
 
-def setup_distributed():
+
+def setup_distributed(clip_timeout=600.0):
     """Join the process group torchrun describes, or make one of a single process -> the device of this rank.
 
-    One process, gloo on CPUs and NCCL on GPUs all run the same code; only the world size differs.
+    One process, gloo on CPUs and NCCL on GPUs all run the same code; only the world size differs. Ranks wait for each
+    other's videos and evaluations: half an hour longer than a video may take, and longer than NCCL's ten minutes.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)  # that srun has started; an allocation alone starts none
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
@@ -38,13 +45,14 @@ def setup_distributed():
                  "--nproc_per_node.")
     if cuda:
         torch.cuda.set_device(device)
-    # Ranks wait for each other's videos and evaluations: longer than NCCL's ten minutes.
-    patience = datetime.timedelta(hours=2)
+    patience = datetime.timedelta(seconds=clip_timeout + 1800)
     try:
         store, rank, world_size = dist.HashStore(), 0, 1
         if "RANK" in os.environ:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=JOINING))
             store.set_timeout(patience)
+            # With --max-restarts torchrun's store may hold the addresses of processes that have ended.
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, store=store, rank=rank,
                                 world_size=world_size)
     except (ValueError, RuntimeError) as error:  # a variable is missing, a port is taken, MASTER_ADDR is nowhere
@@ -60,33 +68,103 @@ def say(text):
         tqdm.write(text, file=sys.stdout)
 
 
-def launch(program, settings):
-    """Run `program(settings, device)` in the process group; a user's mistake ends it with one sentence, status 1."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forked
-    device = setup_distributed()
+def gather(value):
+    """-> the list of every rank's value."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(function):
+    """Call a function on every rank; where it fails on one, all raise the first error."""
+    error = None
     try:
-        program(settings, device)
+        function()
+    except Exception as caught:
+        error = caught
+    first = next(filter(None, gather(error)), None)
+    if first:
+        raise first
+
+
+def on_rank_0(function, *arguments):
+    """Call a function on rank 0 while the others wait; its error is raised on all."""
+    together(functools.partial(function, *arguments) if dist.get_rank() == 0 else lambda: None)
+
+
+def launch(program, settings):
+    """Run `program(settings, device)` in the process group, alone in settings.output.
+
+    A user's mistake ends it with one sentence, status 1; Ctrl-C and other signals with status 130. Whatever ends one
+    rank ends all: an error names the rank, the iteration and the videos, and no worker is left behind.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forked
+    device = setup_distributed(settings.clip_timeout)
+    now.iteration, now.videos = None, ()
+    held = contextlib.ExitStack()
+    try:
+        with held:
+            on_rank_0(lambda: held.enter_context(locked(settings.output)))
+            program(settings, device)
     except KeyboardInterrupt:
         status = 130
     except (UserError, VideoError, ImportError, OSError) as error:
-        # What every rank finds is said once; an unreadable video is found by the rank whose slot it was.
-        if dist.get_rank() == 0 or isinstance(error, VideoError):
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(5)  # torchrun ends all ranks with the first: let rank 0 speak
+        _say_once(error)
         status = 1
-    except BaseException:
-        if dist.get_world_size() == 1:
+    except BaseException as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # raised wherever this process is
+            _say_once("a process that decodes videos was killed (by a lack of memory, say); lower --workers.")
+        elif _is_anothers_end(error):
+            print(f"{_place()}: another process of this run has ended, so this one ends too.", file=sys.stderr)
+        elif dist.get_world_size() == 1:
+            error.add_note(f"{_place()}, {', '.join(now.videos) or 'no video'}")
             raise
-        traceback.print_exc()
+        else:
+            print(f"{_place()}, {', '.join(now.videos) or 'no video'}:\n{traceback.format_exc()}", file=sys.stderr)
         status = 1
     else:
         dist.destroy_process_group()
         return
+    for worker in multiprocessing.active_children():
+        worker.kill()  # one that is blocked in a file system hears nothing else
     if dist.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)  # a clean shutdown would deadlock: other ranks are waiting for this one
     dist.destroy_process_group()
     sys.exit(status)
+
+
+def _say_once(error):
+    """Print a user's mistake; where every rank finds it, the first one does."""
+    sentence = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        sentence = f"{error.filename}: {error.strerror}; look at the file and its folder."
+    try:
+        is_first = dist.distributed_c10d._get_default_store().add(sentence, 1) == 1
+    except RuntimeError:  # the rank that held the store is gone
+        is_first = True
+    if is_first:
+        place = "" if now.iteration is None else f"{_place()}: "
+        print(f"{Path(sys.argv[0]).name}: {place}{sentence}", file=sys.stderr, flush=True)
+    if is_first and dist.get_world_size() > 1:
+        time.sleep(1)  # without torchrun rank 0 holds the store, in which the others look
+
+
+def _place():
+    iteration = "before the first iteration" if now.iteration is None else f"iteration {now.iteration}"
+    return f"rank {dist.get_rank()}, {iteration}"
+
+
+def _is_anothers_end(error):
+    """Whether this is what a collective call raises when another rank is gone."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
+
+
+def counted(start, total):
+    """Iterate over the iterations, noting each for the errors in it."""
+    for now.iteration in range(start, total):
+        yield now.iteration
 
 
 def random_generator(device, *stream):
@@ -120,22 +198,35 @@ def combine(rows):
 
 
 class StopSignal:
-    """Ctrl-C, SIGTERM and a closed terminal let the iteration end and be saved; a second Ctrl-C stops at once."""
+    """Ctrl-C, SIGTERM and a closed terminal let the iteration end and be saved; a second signal stops at once.
+
+    So does the end of the torchrun that started this process.
+    """
 
     def __init__(self):
         self.caught = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup means to go on
-                signal.signal(number, self.catch)
+        self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.terminals = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream.isatty()]
+        self.numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means to go on
+            self.numbers.append(signal.SIGHUP)
+        for number in self.numbers:
+            signal.signal(number, self.catch)
 
     def catch(self, number, frame):
         self.caught = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in self.numbers:
+            signal.signal(each, signal.SIG_DFL)  # the system ends a process also where Python would not get to it
+        if number == signal.SIGHUP:  # to write to a closed terminal is an error, and would come before saving
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for terminal in self.terminals:
+                os.dup2(nowhere, terminal)
 
     def on_any_rank(self, device):
-        caught = torch.tensor(float(self.caught), device=device)
-        dist.all_reduce(caught)
-        return bool(caught)
+        is_orphan = self.torchrun not in (None, os.getppid())
+        stops = torch.tensor(float(self.caught or is_orphan), device=device)
+        dist.all_reduce(stops)
+        return bool(stops)
 
 
 class Log:
@@ -151,12 +242,11 @@ class Log:
 
     def write(self, iteration, task, metrics):
         """Gather from all ranks (so every rank must call it) and write on rank 0."""
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, metrics)
+        gathered = gather(metrics)
         if self.rank:
             return
         metrics = combine(gathered)
-        self.file.write(json.dumps({"iteration": iteration, "task": task} | metrics) + "\n")
+        self.file.write(strict_json({"iteration": iteration, "task": task} | metrics) + "\n")
         self.file.flush()
         for show in self.boards:
             show(iteration, metrics)

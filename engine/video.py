@@ -112,7 +112,7 @@ class _Timed:
         self._open()
 
     def _open(self):
-        self.container = av.open(self.path, metadata_errors="ignore")  # telephones write titles that are not UTF-8
+        self.container = open_container(self.path)
         self.is_at_start = True
         try:
             if self.index is None:
@@ -321,11 +321,17 @@ def fit_size(height, width, frames, max_pixels=MAX_PIXELS, min_frame_pixels=MIN_
     return h, w
 
 
+def open_container(path):
+    """Open a video file as FFmpeg sees it; a playlist in it reaches no network, and a colon in its name is a colon."""
+    return av.open(f"file:{path}", options={"protocol_whitelist": "file"},
+                   metadata_errors="ignore")  # telephones write titles that are not UTF-8
+
+
 @functools.cache
 def video_duration(path):
     """Seconds from a container's header; None where it states none or cannot be opened."""
     try:
-        with av.open(path, metadata_errors="ignore") as container:
+        with open_container(path) as container:
             return container.duration / av.time_base if container.duration else None
     except (av.error.FFmpegError, OSError):
         return None

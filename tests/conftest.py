@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -246,7 +246,7 @@ def lively(config, babbler):
 
 def train(config, **changes):
     """Run invert4tvg.py, but for the handlers of signals that it leaves behind -> the output folder."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         config = dataclasses.replace(config, **changes)
         launch(invert4tvg.train, config)
@@ -293,6 +293,22 @@ def log_of(output):
 def rollouts_of(output, rank=0):
     """One dictionary a completion, in the order of sampling."""
     return lines_of(Path(output) / f"rollouts.{rank}.jsonl")
+
+
+def write_share(folder, rank, states):
+    """One rank's share of an optimiser's state, {weight: {kind: value}}, as a checkpoint holds it."""
+    share = {f"{name}.{kind}": torch.as_tensor(value) for name, state in states.items()
+             for kind, value in state.items()}
+    save_file(share, folder / f"optimizer.{rank}.safetensors")
+
+
+def states_of(checkpoint, rank=0):
+    """The same, read: {weight: {kind: value}}."""
+    states = {}
+    for key, value in load_file(Path(checkpoint) / f"optimizer.{rank}.safetensors").items():
+        name, _, kind = key.rpartition(".")
+        states.setdefault(name, {})[kind] = value
+    return states
 
 
 def weights_of(output):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import log_of, train
+from conftest import log_of, states_of, train
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from engine.checkpoints import load_model, newest_checkpoint
@@ -40,7 +40,7 @@ def test_the_loop_runs_in_bfloat16(lively, bfloat16, options):
     model, _ = load_model(output, torch.device("cpu"))
     weights = dict(model.named_parameters())
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
-    for name, state in torch.load(newest_checkpoint(output) / "optimizer.0.pt").items():
+    for name, state in states_of(newest_checkpoint(output)).items():
         assert {state[key].dtype for key in ("exp_avg", "exp_avg_sq", "master")} == {torch.float32}
         weight = state["weight"] if "lora_rank" in options else weights[name]
         assert torch.equal(state["master"].bfloat16(), weight), name

@@ -85,10 +85,11 @@ def test_every_file_that_a_page_names_exists(name):
 @pytest.mark.parametrize("name", DOCS)
 def test_every_option_that_a_page_names_exists(name):
     programs = ["invert4tvg.py", "evaluate.py", "data.py", "papers/stages.py", "demo/make_demo.py", "engine/lora.py",
-                "report/__main__.py", *(f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py"))]
+                "engine/recovery.py", "report/__main__.py",
+                *(f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py"))]
     source = "".join((ROOT / program).read_text() for program in programs)
     others = {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--shutdown-timeout", "--no-deps",
-              "--help"}
+              "--max-restarts", "--help"}
     for option in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", DOCS[name])) - others:
         field = option[2:].replace("-", "_")
         assert f'"{option}"' in source or re.search(rf"^    {field}: \w+ = flag", source, re.MULTILINE), option

@@ -29,13 +29,14 @@ from conftest import (
     write_lines,
     write_video,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import data
 import rewards
 from engine.annotations import load_demonstrations
 from engine.checkpoints import newest_checkpoint
+from engine.files import MANIFEST, seal
 from engine.prompts import encode_prompt, patchify, position_ids
 from engine.runtime import combine
 from engine.video import read_video
@@ -286,14 +287,18 @@ def test_a_gradient_does_not_depend_on_the_cut_into_micro_batches_nor_on_recompu
 
 
 def test_a_step_without_a_finite_gradient_is_left_out_and_forgotten(quick):
-    broken = iter([math.nan, 1.0, 1.0, 1.0])  # the first of two micro-batches in the first of two iterations
-    with scripted(*ANSWERS), losses(lambda loss: loss * next(broken)):
-        train(quick, group_size=4, iterations=2, save_every=1, lr=1e-3)
-    assert [row["skipped"] for row in log_of(quick.output)] == [1, 0]
-    before = load_file(Path(quick.model) / "model.safetensors")
-    after = load_file(Path(quick.output) / "checkpoint-000001" / "model.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert any(not torch.equal(before[name], weight) for name, weight in weights_of(quick.output).items())
+    weights = {}
+    for iterations in (2, 3):
+        factors = iter([1.0, 1.0, math.nan, 1.0, 1.0, 1.0])  # the first micro-batch of two in iteration 1
+        with scripted(*ANSWERS), losses(lambda loss, factors=factors: loss * next(factors)):
+            output = train(quick, group_size=4, iterations=iterations, save_every=1, lr=1e-3, lr_schedule="constant",
+                           output=f"{quick.output}-{iterations}", keep=9)
+        assert [row["skipped"] for row in log_of(output)] == [0, 1, 0][:iterations]
+        weights[iterations] = weights_of(output)
+    assert not (Path(output) / "checkpoint-000002").exists()  # nothing is saved while steps are left out
+    stepped = load_file(Path(output) / "checkpoint-000001" / "model.safetensors")
+    assert all(torch.equal(weights[2][name], weight) for name, weight in stepped.items())
+    assert any(not torch.equal(weights[3][name], weight) for name, weight in stepped.items())
 
 
 def test_a_trained_tower_moves_in_the_supervised_stage_too(four_demonstrations):
@@ -342,10 +347,13 @@ def test_a_run_goes_on_from_an_optimiser_whose_state_two_ranks_wrote(quick):
         whole = weights_of(quick.output)
         shutil.rmtree(newest_checkpoint(quick.output))
         folder = newest_checkpoint(quick.output)
-        states = torch.load(folder / "optimizer.0.pt")
-        names = sorted(states)
+        share = load_file(folder / "optimizer.0.safetensors")
+        names = sorted({key.rpartition(".")[0] for key in share})
         for rank in (0, 1):  # every other parameter to each
-            torch.save({name: states[name] for name in names[rank::2]}, folder / f"optimizer.{rank}.pt")
+            mine = {key: value for key, value in share.items() if key.rpartition(".")[0] in names[rank::2]}
+            save_file(mine, folder / f"optimizer.{rank}.safetensors")
+        files = seal(path for path in folder.iterdir() if path.name != MANIFEST)
+        (folder / MANIFEST).write_text(json.dumps({"files": files}))
         train(quick, group_size=4, iterations=2, save_every=1)
     again = weights_of(quick.output)
     assert all(torch.equal(whole[name], again[name]) for name in whole)

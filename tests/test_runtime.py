@@ -21,8 +21,10 @@ from engine.runtime import (
     Log,
     StopSignal,
     combine,
+    counted,
     group_metrics,
     launch,
+    now,
     random_generator,
     say,
     setup_distributed,
@@ -207,43 +209,58 @@ def test_processes_that_do_not_find_each_other_give_up_with_one_sentence(monkeyp
     (UserError("It is wrong."), 1, "It is wrong.\n"), (VideoError("a.mp4: broken."), 1, "a.mp4: broken.\n"),
     (OSError("no such model"), 1, "no such model\n"), (ImportError("no spaCy"), 1, "no spaCy\n"),
     (KeyboardInterrupt(), 130, "")])
-def test_a_users_mistake_is_one_sentence_and_a_status(error, status, message, capsys):
+def test_a_users_mistake_is_one_sentence_and_a_status(error, status, message, capsys, tmp_path):
     def program(settings, device):
         assert device.type == "cpu" and dist.get_world_size() == 1
-        say(settings)
+        say("said once")
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        launch(program, "said once")
+        launch(program, Config(output=str(tmp_path)))
     printed = capsys.readouterr()
     assert stop.value.code == status and printed.out == "said once\n"
     assert printed.err.endswith(message) and printed.err.count("\n") == message.count("\n")
     assert not dist.is_initialized()
 
 
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        launch(lambda settings, device: 1 // settings, 0)
+def test_a_bug_keeps_its_traceback_and_is_placed(tmp_path):
+    def program(settings, device):
+        for iteration in counted(3, 5):
+            now.videos = ["a.mp4"]
+            if iteration == 4:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as error:
+        launch(program, Config(output=str(tmp_path)))
+    assert error.value.__notes__ == ["rank 0, iteration 4, a.mp4"]
     dist.destroy_process_group()
 
 
 @pytest.fixture
 def handlers():
     """Puts back the handlers of signals."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_signal_asks_to_stop_and_a_second_ctrl_c_stops(number, alone, handlers):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_one_signal_asks_to_stop_and_a_second_is_left_to_the_system(number, alone, handlers):
     stop = StopSignal()
     assert not stop.on_any_rank(alone)
     os.kill(os.getpid(), number)
     assert stop.on_any_rank(alone)
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        assert signal.getsignal(each) == signal.SIG_DFL
+
+
+def test_the_end_of_torchrun_asks_to_stop_too(alone, handlers, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    stop = StopSignal()
+    assert not stop.on_any_rank(alone)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stop.on_any_rank(alone)
 
 
 # ---- Numbers
@@ -310,7 +327,7 @@ def test_which_options_may_change_when_a_run_or_an_evaluation_goes_on():
         return {f.name for f in dataclasses.fields(cls) if f.metadata["free"]}
 
     both = {"output", "allow_missing_videos", "workers", "clip_timeout", "micro_batch"}
-    assert free(Config) == both | {"accumulation", "save_every", "keep", "log_to", "offload_optimizer"}
+    assert free(Config) == both | {"accumulation", "save_every", "save_minutes", "keep", "log_to", "offload_optimizer"}
     assert free(EvalSettings) == both | {"against"}
 
 
@@ -327,7 +344,7 @@ def test_every_number_is_above_zero_or_may_be_zero():
     least = {f.name for f in numbers if f.metadata["least"] == 0}
     assert above | least == {f.name for f in numbers}
     assert least == {"p", "vd_verb_cap", "clip_epsilon", "kl_coef", "adam_eps", "weight_decay", "iterations", "seed",
-                     "eval_every", "eval_limit", "workers", "samples", "limit", "save_rollouts",
+                     "eval_every", "eval_limit", "workers", "samples", "limit", "save_rollouts", "save_minutes",
                      "lora_rank"}
 
 

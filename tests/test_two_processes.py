@@ -24,6 +24,7 @@ from conftest import (
     reply,
     rollouts_of,
     scripted,
+    states_of,
     train,
     weights_of,
     write_lines,
@@ -189,7 +190,7 @@ def test_each_process_draws_its_own_share_of_an_iterations_rows(jobs):
 
 
 def test_both_processes_together_save_every_adapter(jobs):
-    states = [torch.load(f"{jobs['adapted'].output}/checkpoint-000001/optimizer.{rank}.pt") for rank in (0, 1)]
+    states = [states_of(f"{jobs['adapted'].output}/checkpoint-000001", rank) for rank in (0, 1)]
     assert states[0] and states[1] and not states[0].keys() & states[1].keys()
     together = states[0] | states[1]
     assert len(together) == 2 * 2 * 7 and all("weight" in state for state in together.values())  # A, B; layers; targets
@@ -200,7 +201,7 @@ def test_an_offloaded_optimiser_takes_the_same_steps_bit_for_bit(jobs):
     weights, others = weights_of(plain.output), weights_of(offloaded.output)
     assert all(torch.equal(weights[name], others[name]) for name in weights)
     assert [row["grad_norm"] for row in log_of(plain.output)] == [row["grad_norm"] for row in log_of(offloaded.output)]
-    states = [[torch.load(f"{one.output}/checkpoint-000002/optimizer.{rank}.pt") for rank in (0, 1)]
+    states = [[states_of(f"{one.output}/checkpoint-000002", rank) for rank in (0, 1)]
               for one in (plain, offloaded)]
     for rank in (0, 1):
         assert states[0][rank].keys() == states[1][rank].keys()
@@ -215,7 +216,7 @@ def test_two_processes_sample_the_same_prompt_differently(jobs):
 
 def test_one_process_goes_on_with_what_two_have_saved(jobs, tmp_path):
     shutil.copytree(Path(jobs["completion"].output) / "checkpoint-000001", tmp_path / "checkpoint-000001")
-    states = [torch.load(tmp_path / "checkpoint-000001" / f"optimizer.{rank}.pt") for rank in (0, 1)]
+    states = [load_file(tmp_path / "checkpoint-000001" / f"optimizer.{rank}.safetensors") for rank in (0, 1)]
     assert states[0] and states[1] and not states[0].keys() & states[1].keys()  # a share each
     with scripted(*TEXTS):
         train(jobs["completion alone"], output=str(tmp_path))
