@@ -325,9 +325,9 @@ def counted(model, attention):
         return result
 
     def cache_and_move(*args):
-        cache = cache_after(*args)
-        storages.move(cache.own, "KV cache")
-        return cache
+        caches = cache_after(*args)
+        storages.move([(cache.own_k, cache.own_v) for cache in caches], "KV cache")
+        return caches
 
     replaced = [(torch, "multinomial", draw), (nn.functional, "scaled_dot_product_attention", attention),
                 (grpo, "pack", pack_without_values), (Prefill, "attend", attend_and_move),

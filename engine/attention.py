@@ -234,6 +234,9 @@ def install_attention(model):
     AttentionInterface.register("group", group_attention)
     # Qwen2_5_VLVisionAttention hands over all windows at once only where the name of the attention holds "flash".
     AttentionInterface.register("window_flash", window_attention)
+    # On Hopper and Blackwell PyTorch would prefer cuDNN's attention, which plans each new shape for half a second
+    # (FunASR issue 3704); here nearly every iteration brings new shapes. The flash kernel plans nothing.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model.set_attn_implementation({"text_config": "group", "vision_config": "window_flash"})
     first = model.model.visual.patch_embed
     first.forward = types.MethodType(_embed_patches, first)

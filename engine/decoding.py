@@ -4,6 +4,7 @@ Shapes as in attention.py; G completions of each of B prompts, N = B * G in all.
 """
 
 import functools
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Decoder:
         self.model = model
         self.prompt_hidden = hidden.repeat_interleave(G, dim=0)  # (N, H)
         self.last_position = positions[:, 0, last].repeat_interleave(G, dim=1).unsqueeze(2)  # (3, N, 1)
-        self.cache = Cached.after(attention.keys_values, prompts, G, max_new_tokens)
+        self.caches = Cached.after(attention.keys_values, prompts, G, max_new_tokens)
         self.steps = 0
         self.forward = None
 
@@ -39,7 +40,7 @@ class Decoder:
 
         On a GPU the next call overwrites the result.
         """
-        self.cache.at(self.steps)
+        self.caches[0].at(self.steps)
         self.steps += 1
         position = self.last_position + self.steps  # (3, N, 1)
         if self.forward is None:
@@ -47,59 +48,58 @@ class Decoder:
         return self.forward(token, position)
 
     def _make_forward(self, token, position):
-        forward = functools.partial(advance, self.model, self.cache)  # with self in it, the cache would outlive its use
+        forward = functools.partial(advance, self.model, self.caches)  # with self in it, the caches would outlive it
         if token.device.type != "cuda":
-            return forward
+            return functools.partial(forward, run_layer)
         # Python would launch some 2,000 small kernels a token; a graph launches them at once.
-        torch._dynamo.config.recompile_limit = 32  # versions for one prompt or several, one completion or several, ...
-        compiled = torch.compile(advance, dynamic=True)
-        return record(functools.partial(compiled, self.model, self.cache), (token, position))
+        return record(forward, compiled_layer(), (token, position))
 
 
 class Cached(NamedTuple):
-    """Attention of one new token of each completion to its prompt, its own earlier tokens and itself.
+    """A layer's attention of one new token of each completion to its prompt, its own earlier tokens and itself.
 
     A recorded graph reads and writes these tensors in place, so they are never allocated anew.
     """
 
-    prompts: list  # a layer's (keys, values), each (B, kv_heads, P, D), padded on the right
-    own: list  # a layer's (keys, values), each (N, kv_heads, C, D), filled up to `place`
-    place: torch.Tensor  # () the new token's place in `own`
+    prompt_k: torch.Tensor  # (B, kv_heads, P, D), padded on the right
+    prompt_v: torch.Tensor
+    own_k: torch.Tensor  # (N, kv_heads, C, D), filled up to `place`
+    own_v: torch.Tensor
+    place: torch.Tensor  # () the new token's place in `own_k`; one tensor for all layers, like `allowed`
     allowed: torch.Tensor  # (N, 1, 1, P + C) bool, False at the prompts' padding and after `place`
 
     @classmethod
     def after(cls, keys_values, prompts, G, max_new_tokens):
-        """-> the cache after a prefill, with room for `max_new_tokens` of each completion."""
+        """-> every layer's cache after a prefill, with room for `max_new_tokens` of each completion."""
         B, kv_heads, P, D = keys_values[0][0].shape
         device = keys_values[0][0].device
         shape = (B * G, kv_heads, max_new_tokens, D)
-        own = [(keys.new_zeros(shape), values.new_zeros(shape)) for keys, values in keys_values]
         lengths = torch.tensor([len(prompt.ids) for prompt in prompts], device=device).repeat_interleave(G)
         allowed = torch.arange(P + max_new_tokens, device=device) < lengths.unsqueeze(1)  # (N, P + C)
-        return cls(keys_values, own, torch.zeros((), dtype=torch.long, device=device), allowed.view(B * G, 1, 1, -1))
+        shared = torch.zeros((), dtype=torch.long, device=device), allowed.view(B * G, 1, 1, -1)
+        return [cls(keys, values, keys.new_zeros(shape), values.new_zeros(shape), *shared)
+                for keys, values in keys_values]
 
     def at(self, step):
-        """Move on to the completions' token number `step`."""
-        P = self.prompts[0][0].shape[2]
+        """Move on to the completions' token number `step`, in all layers."""
+        P = self.prompt_k.shape[2]
         self.place.fill_(step)
         self.allowed[..., P + step] = True
 
     def attend(self, layer, query, key, value, scaling):
         """(N, heads, 1, D) queries, (N, kv_heads, 1, D) keys and values -> (N, 1, heads, D)."""
-        prompt_k, prompt_v = self.prompts[layer]
-        own_k, own_v = self.own[layer]
-        own_k.index_copy_(2, self.place.view(1), key)
-        own_v.index_copy_(2, self.place.view(1), value)
+        self.own_k.index_copy_(2, self.place.view(1), key)
+        self.own_v.index_copy_(2, self.place.view(1), value)
         N, heads, _, D = query.shape
-        B, kv_heads, P, _ = prompt_k.shape
+        B, kv_heads, P, _ = self.prompt_k.shape
 
         query = query.reshape(N, kv_heads, -1, D)  # (N, kv_heads, heads / kv_heads, D)
-        to_prompt = by_completion(scores(by_prompt(query, B), prompt_k), N)
-        to_own = scores(query, own_k)
+        to_prompt = by_completion(scores(by_prompt(query, B), self.prompt_k), N)
+        to_own = scores(query, self.own_k)
         weights = torch.cat([to_prompt, to_own], dim=-1) * scaling  # (N, kv_heads, heads / kv_heads, P + C)
         weights = weights.masked_fill_(~self.allowed, -torch.inf).softmax(-1).to(query.dtype)
-        from_prompt = by_completion(by_prompt(weights[..., :P], B) @ prompt_v, N)
-        from_own = weights[..., P:] @ own_v
+        from_prompt = by_completion(by_prompt(weights[..., :P], B) @ self.prompt_v, N)
+        from_own = weights[..., P:] @ self.own_v
         return (from_prompt + from_own).reshape(N, 1, heads, D)
 
 
@@ -124,18 +124,40 @@ def scores(query, key):
     return product.unflatten(0, query.shape[:2])
 
 
-def advance(model, cache, token, position):
+# ------------------------------------------------------------------------------------------------ one step
+
+
+def advance(model, caches, through_layer, token, position):
     """Tokens (N,) at positions (3, N, 1) -> hidden states (N, H)."""
-    embeddings = model.get_input_embeddings()(token).unsqueeze(1)  # (N, 1, H)
-    return run_language_model(model, embeddings, position, cache)[:, 0]
+    text = model.model.language_model
+    hidden = text.embed_tokens(token).unsqueeze(1)  # (N, 1, H)
+    rotary = text.rotary_emb(hidden, position)
+    for layer, cache in zip(text.layers, caches):
+        hidden = through_layer(layer, hidden, rotary, cache)
+    return text.norm(hidden)[:, 0]
 
 
-def record(step, inputs):
-    """Record step(*inputs) as a CUDA graph -> a function like it, whose output its next call overwrites."""
-    step(*inputs)  # compiles, which must not happen while recording
+def run_layer(layer, hidden, rotary, cache):
+    """One decoder layer. All are alike, so that compiled it is compiled once, not once for each of 36."""
+    return layer(hidden, attention_mask=cache, position_embeddings=rotary)
+
+
+@functools.cache
+def compiled_layer():
+    """-> `run_layer`, compiled for sizes that change."""
+    torch._dynamo.config.recompile_limit = 32  # versions for one prompt or several, one completion or several
+    return torch.compile(run_layer, dynamic=True)
+
+
+def record(forward, through_layer, inputs):
+    """Record forward(through_layer, *inputs) as a CUDA graph -> a function of the inputs alone.
+
+    Its next call overwrites its output.
+    """
+    through_layer = working(forward, through_layer, inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = step(*inputs)
+        output = forward(through_layer, *inputs)
 
     def replay(*new):
         for old, x in zip(inputs, new):
@@ -144,3 +166,18 @@ def record(step, inputs):
         return output
 
     return replay
+
+
+def working(forward, compiled, inputs):
+    """Run a step, which compiles: that must not happen while recording -> `compiled`, or `run_layer` where it fails."""
+    try:
+        forward(compiled, *inputs)
+        return compiled
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler, no Python.h, no Triton: many kinds
+        reason = " ".join(str(error).split("\n")[:2])  # torch names the backend first, then what it raised
+        warnings.warn(f"a decoding step could not be compiled ({reason}); sampling goes on without, more slowly",
+                      stacklevel=2)
+        forward(run_layer, *inputs)
+        return run_layer
