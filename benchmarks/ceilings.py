@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -78,6 +79,57 @@ def policy_operations(model, lengths, G, tokens):
     return 3 * (linear + 4 * text.num_hidden_layers * text.hidden_size * pairs)
 
 
+class Speed(NamedTuple):
+    """What was measured, in seconds; bandwidth in bytes a second, `matmul` in operations a second."""
+
+    bandwidth: float
+    matmul: float
+    prefill: float
+    decoding: float  # of the tokens after the first
+    floor: float  # of decoding, at that bandwidth
+    policy: float
+    operations: float  # of the policy pass
+
+    @property
+    def decoding_share(self):
+        """Of the bandwidth."""
+        return self.floor / self.decoding
+
+    @property
+    def policy_share(self):
+        """Of the arithmetic."""
+        return self.operations / self.policy / self.matmul
+
+
+def measure(model, processor, prompts, G, tokens, repeats):
+    """Sampling and the policy pass, a prompt at a time as with --micro-batch 1 -> Speed."""
+    device = model.device
+    lengths = [len(prompt.ids) for prompt in prompts]
+    with torch.no_grad():
+        features = [feature for prompt in prompts for feature in visual_features(model, [prompt])]
+
+    def sample(count):
+        return grpo.sample_group(model, prompts, G, count, processor.eos[:0], processor.banned, features=features)
+
+    rollout = sample(tokens)
+
+    def policy():
+        for b in range(len(prompts)):
+            own = slice(b * G, (b + 1) * G)
+            logps, _ = grpo.group_logps(model, prompts[b:b + 1], rollout.ids[own], rollout.mask[own], processor.banned,
+                                        features=features[b:b + 1])
+            logps.sum().backward()
+
+    rate = bandwidth(device)
+    matmul = matmul_rate(device, model.dtype)
+    whole = seconds(lambda: sample(tokens), device, repeats)
+    prefill = seconds(lambda: sample(1), device, repeats)
+    model.train()
+    passed = seconds(policy, device, repeats)
+    return Speed(rate, matmul, prefill, whole - prefill, decoding_floor(model, lengths, G, tokens, rate), passed,
+                 policy_operations(model, lengths, G, tokens))
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -112,39 +164,16 @@ def main():
         recompute_activations(model)
     prompt = step.make_prompt(model, processor, *step.make_video(processor.tokenizer, args.prompt_tokens))
     prompts = [prompt] * args.prompts
-    lengths = [len(prompt.ids)] * args.prompts
-    with torch.no_grad():
-        features = visual_features(model, [prompt]) * args.prompts
-
-    def sample(tokens):
-        return grpo.sample_group(model, prompts, G, tokens, processor.eos[:0], processor.banned, features=features)
-
-    rollout = sample(T)
-
-    def policy():  # a prompt at a time, as --micro-batch 1 does
-        for b in range(args.prompts):
-            own = slice(b * G, (b + 1) * G)
-            logps, _ = grpo.group_logps(model, prompts[b:b + 1], rollout.ids[own], rollout.mask[own], processor.banned,
-                                        features=features[b:b + 1])
-            logps.sum().backward()
-
-    rate = bandwidth(device)
-    speed = matmul_rate(device, model.dtype)
-    whole = seconds(lambda: sample(T), device, args.repeats)
-    prefill = seconds(lambda: sample(1), device, args.repeats)
-    decoding = whole - prefill
-    floor = decoding_floor(model, lengths, G, T, rate)
-    model.train()
-    passed = seconds(policy, device, args.repeats)
-    operations = policy_operations(model, lengths, G, T)
+    speed = measure(model, processor, prompts, G, T, args.repeats)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
     print(f"{name}, {args.size}, {model.dtype}: "
-          f"{args.prompts} prompts of {lengths[0]:,} tokens, G = {G}, {T} tokens each")
-    print(f"ceilings: {rate / 1e9:,.0f} GB/s read, {speed / 1e12:,.2f} TFLOP/s")
-    print(f"sampling: {whole:.3f} s, prefill {prefill:.3f} of it; decoding {1e3 * decoding / (T - 1):.2f} ms a step, "
-          f"floor {1e3 * floor / (T - 1):.2f}: {floor / decoding:.0%} of the bandwidth")
-    print(f"policy pass: {passed:.3f} s, {operations / 1e12:.1f} TFLOP: "
-          f"{operations / passed / speed:.0%} of the arithmetic")
+          f"{args.prompts} prompts of {len(prompt.ids):,} tokens, G = {G}, {T} tokens each")
+    print(f"ceilings: {speed.bandwidth / 1e9:,.0f} GB/s read, {speed.matmul / 1e12:,.2f} TFLOP/s")
+    print(f"sampling: {speed.prefill + speed.decoding:.3f} s, prefill {speed.prefill:.3f} of it; decoding "
+          f"{1e3 * speed.decoding / (T - 1):.2f} ms a step, floor {1e3 * speed.floor / (T - 1):.2f}: "
+          f"{speed.decoding_share:.0%} of the bandwidth")
+    print(f"policy pass: {speed.policy:.3f} s, {speed.operations / 1e12:.1f} TFLOP: "
+          f"{speed.policy_share:.0%} of the arithmetic")
     if device.type == "cuda":
         print(f"peak of allocated memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB (weights, gradients; no "
               "reference, no optimiser)")

@@ -575,7 +575,8 @@ def validate():
             step.make_checkpoint(Path(folder), size, device)
             settings = Settings(model=folder, max_new_tokens=cell.completion)
             meter.rest()
-            prompt, peak = measured_iterations(settings, cell, meter, device)
+            prompt, measured = measured_iterations(settings, cell, meter, device)
+            peak = measured["MiB"]
             grid = tuple(prompt.grid[0].tolist())
             text = len(prompt.ids) - math.prod(grid) // MERGE**2
             work = Work(grid, text, [cell.completion] * cell.group, cell.completion)
@@ -588,7 +589,7 @@ def validate():
 
 
 def measured_iterations(settings, cell, meter, device):
-    """-> (the prompt, {phase: MiB})"""
+    """-> (the prompt, {quantity: {phase: value}} of the last of three iterations)"""
     run = invert4tvg.make_run(settings, device, samples=[], completions=None, sampler=None,
                                folder=settings.model, start=settings.model)
     optimizer_step = run.optimizer.step
@@ -614,7 +615,7 @@ def measured_iterations(settings, cell, meter, device):
                                                sampled.logps)
         with meter("policy"):
             invert4tvg.update(run, batches, 1e-6)
-    return prompt, meter.take()["MiB"]
+    return prompt, meter.take()
 
 
 if __name__ == "__main__":
