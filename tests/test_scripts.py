@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -170,3 +171,37 @@ def test_a_signal_to_the_script_reaches_what_runs_and_nothing_stays_behind(tmp_p
     rest, _ = process.communicate(timeout=30)  # ends when the last program has closed its output
     assert rest == "saved\n" * 2
     assert process.returncode == 128 + number
+
+
+SLURM = r"""#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$CALLS"
+case "$(basename "$0") $*" in
+    "scontrol show"*) echo node7; echo node8 ;;
+    srun*)
+        trap 'exit 130' TERM
+        echo $$ > "$CALLS.pid"
+        for _ in $(seq $TENTHS); do sleep 0.1; done
+        exit $STATUS ;;
+    scancel*) kill -TERM "$(cat "$CALLS.pid")" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("signalled, status, ends", [
+    (True, "0", 0), (False, "0", 0), (False, "3", 3)], ids=["its time is up", "finished", "failed"])
+def test_a_job_that_runs_out_of_time_is_queued_again(tmp_path, signalled, status, ends):
+    calls = tmp_path / "calls"
+    for name in ("srun", "scontrol", "scancel"):
+        (tmp_path / name).write_text(SLURM)
+        (tmp_path / name).chmod(0o755)
+    process = subprocess.Popen(["bash", str(ROOT / "docs" / "slurm.sh"), "--lr", "5e-6"], env=os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "STATUS": status, "SLURM_JOB_ID": "42",
+        "TENTHS": "300" if signalled else "1", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"})
+    if signalled:
+        while not (tmp_path / "calls.pid").exists() or not (tmp_path / "calls.pid").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=30) == ends
+    lines = calls.read_text().splitlines()
+    assert "--rdzv-endpoint node7:29500" in lines[1] and lines[1].endswith("--lr 5e-6")
+    assert lines[2:] == (["scancel --signal=TERM 42", "scontrol requeue 42"] if signalled else [])
