@@ -34,7 +34,7 @@ import rewards
 from engine import checkpoints
 from engine.clips import Clips, Item, read_ahead
 from engine.lora import MemorySettings, WithoutAdapters
-from engine.optimizer import sharded_adamw
+from engine.optimizer import clip_gradients, sharded_adamw
 from engine.parallel import data_parallel, frozen_reference
 from engine.prompts import completion_texts, encode_completions
 from engine.recovery import Saves, Saving, check_space, finite_everywhere, keep_batch
@@ -257,7 +257,7 @@ def update(run: Run, batches: list[Batch], lr: float) -> dict[str, float]:
                 values["sampler_gap_mean"] = gap.mean().item()
                 values["sampler_gap_max"] = gap.max().item()
             metrics.append(values)
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
+        norm = clip_gradients(run.model.parameters(), config.max_grad_norm)
         losses = [values["loss"] for values in metrics[-len(batches):]]
         finite = finite_everywhere([norm, *losses], norm.device)  # else all ranks leave the step out and count it
         if finite:

@@ -28,4 +28,4 @@ source demo/jobs.sh  # run: a signal ends what runs, after it has saved, for whi
 # Eight prompts an iteration on any number of GPUs.
 run torchrun --nproc_per_node "$gpus" --shutdown-timeout 1800 invert4tvg.py --model "$model" \
     --accumulation $((8 / gpus)) --eval-every 500 --output "runs/$name" "$@"
-run torchrun --nproc_per_node "$gpus" evaluate.py --model "runs/$name" --micro-batch 8 --output "runs/$name-test"
+run torchrun --nproc_per_node "$gpus" evaluate.py --model "runs/$name" --micro-batch 16 --output "runs/$name-test"

@@ -91,6 +91,19 @@ def update(weight, grad, exp_avg, exp_avg_sq, master=None, *, step, group):
         weight.copy_(master)
 
 
+@torch.no_grad()
+def clip_gradients(parameters, max_norm):
+    """Scale all gradients by one factor where their norm exceeds `max_norm` -> the norm before, float32.
+
+    torch.nn.utils.clip_grad_norm_ takes the norm of bfloat16 gradients in bfloat16, whose 8 bits would be the factor's.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm([p.grad for p in parameters], 2, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
 def host_room(parameters):
     """-> {p: float32 tensors of its shape, one for each name of its state}, slices of one allocation in host memory.
 

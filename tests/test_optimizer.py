@@ -9,7 +9,7 @@ from conftest import byte_tokenizer, tiny_model
 
 from benchmarks.memory import Storages
 from engine import optimizer
-from engine.optimizer import MasterAdamW
+from engine.optimizer import MasterAdamW, clip_gradients
 from engine.settings import UserError
 
 
@@ -104,3 +104,25 @@ def test_host_memory_is_pinned_where_it_lies(error, monkeypatch):
     with pytest.raises(UserError, match=r"1\.0 GiB .*CUDA error 2") if error else contextlib.nullcontext():
         optimizer.pin(x)
     assert calls == [(x.data_ptr(), 2**30, 0)]
+
+
+def test_the_gradient_norm_of_bfloat16_gradients_is_that_of_their_exact_values():
+    # The norm of (3, 4.0625) is 5.0502; of bfloat16's numbers 5.0313 and 5.0625 are the nearest.
+    p, q = (torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16)) for _ in range(2))
+    p.grad, q.grad = torch.tensor([3.0], dtype=torch.bfloat16), torch.tensor([4.0625], dtype=torch.bfloat16)
+    norm = clip_gradients([p, q, torch.nn.Parameter(torch.zeros(1))], 1.0)  # the third has no gradient
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx((9 + 4.0625**2) ** 0.5, rel=1e-6)
+    assert p.grad.item() == pytest.approx(3 / norm.item(), rel=2**-8)
+    before = q.grad.clone()
+    assert clip_gradients([p, q], 2.0).item() < 1.01 and torch.equal(q.grad, before)  # below the limit nothing changes
+
+
+def test_clipping_float32_gradients_is_torchs(tokenizer):
+    models = [tiny_model(tokenizer) for _ in range(2)]
+    for model in models:
+        torch.manual_seed(1)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+    norm = clip_gradients(models[0].parameters(), 1.0)
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(models[1].parameters(), 1.0))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(*(model.parameters() for model in models)))
