@@ -104,7 +104,8 @@ def launch(program, settings):
     held = contextlib.ExitStack()
     try:
         with held:
-            on_rank_0(lambda: held.enter_context(locked(settings.output)))
+            if not getattr(settings, "video", ""):  # to search one's own video writes nothing
+                on_rank_0(lambda: held.enter_context(locked(settings.output)))
             program(settings, device)
     except KeyboardInterrupt:
         status = 130
