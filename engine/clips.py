@@ -150,8 +150,9 @@ def _unchanged(batch):
 
 
 def _begin_worker(worker):
-    """Leave Ctrl-C to the program, and end with it however it ends, also while a file system does not answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End when the program does, however that is, and not before it: it stops at a signal to its whole group, too."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 

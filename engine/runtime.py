@@ -126,8 +126,9 @@ def launch(program, settings):
     else:
         dist.destroy_process_group()
         return
-    for worker in multiprocessing.active_children():
-        worker.kill()  # one that is blocked in a file system hears nothing else
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # it hears nothing else
     if dist.get_world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
