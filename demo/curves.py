@@ -15,13 +15,15 @@ ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "demo" / "logs"
 RUNS = ("grpo", "tvg-only", "runaway", "collapse", "no-spread", "hacked")
 LEFT_OUT = ("sampler_gap_mean", "sampler_gap_max", "clip_low", "clip_high", "redrawn", "skipped")
-PANELS = (  # metric, title, and which runs show it: (run, label), the healthy one first
-    ("kl", "below 0.3 a policy at work,\nabove 9 one that has run away", ("grpo", "runaway")),
-    ("tvg/iou", "and the reward goes with it", ("grpo", "runaway")),
-    ("entropy", "falls slowly, or collapses", ("tvg-only", "collapse")),
-    ("zero_spread", "groups without spread:\nnothing left to learn from", ("tvg-only", "collapse", "no-spread")),
-    ("vd/vd", "a reward that is hacked: it rises,", ("grpo", "hacked")),
-    ("vd/vd_verbs", "because descriptions list verbs", ("grpo", "hacked")),
+PANELS = (  # metric, of which task, title, and the runs that show it, the healthy one first
+    ("kl", "tvg", "runaway: the policy leaves its reference", ("tvg-only", "runaway")),
+    ("tvg/iou", "tvg", "runaway: and its reward", ("tvg-only", "runaway")),
+    ("entropy", "tvg", "no-spread: completions are alike", ("tvg-only", "no-spread")),
+    ("zero_spread", "tvg", "no-spread: groups that teach nothing", ("tvg-only", "no-spread")),
+    ("zero_spread", "ar", "collapse: no group teaches any more", ("grpo", "collapse")),
+    ("ar/ar", "ar", "collapse: and the reward is not reached", ("grpo", "collapse")),
+    ("vd/vd", "vd", "hacked: the reward rises", ("grpo", "hacked")),
+    ("vd/vd_verbs", "vd", "hacked: as descriptions list verbs", ("grpo", "hacked")),
 )
 
 
@@ -39,11 +41,10 @@ def write_csv(folder):
             writer.writerows(rows)
 
 
-def read_csv(run, name):
-    """-> (iterations, values) of one metric while training."""
+def read_csv(run, name, task):
+    """-> (iterations, values) of one metric in the iterations of one task."""
     with open(LOGS / f"{run}.csv", encoding="utf-8", newline="") as file:
-        found = [(int(row["iteration"]), float(row[name])) for row in csv.DictReader(file)
-                 if row["task"] != "eval" and row.get(name)]
+        found = [(int(row["iteration"]), float(row[name])) for row in csv.DictReader(file) if row["task"] == task]
     return zip(*found)
 
 
@@ -53,14 +54,18 @@ def draw():
 
     from report.curves import smooth, thin
 
-    figure = Figure(figsize=(10.5, 5.6), layout="constrained", facecolor="white")
-    for axes, (name, title, runs) in zip(figure.subplots(2, 3).flat, PANELS):
-        for run, colour in zip(runs, ("#2e8b57", "#c83c32", "#d0861f")):
-            x, y = map(np.array, read_csv(run, name))
+    figure = Figure(figsize=(12, 5.6), layout="constrained", facecolor="white")
+    for axes, (name, task, title, runs) in zip(figure.subplots(2, 4).flat, PANELS):
+        for run, colour in zip(runs, ("#2e8b57", "#c83c32")):
+            x, y = map(np.array, read_csv(run, name, task))
             axes.plot(*thin(x, y), color=colour, linewidth=0.7, alpha=0.35)
             axes.plot(x, smooth(y, 5), color=colour, linewidth=1.8, label=run)
-        axes.set_title(f"{name}\n{title}", fontsize=9, loc="left")
-        axes.set_yscale("symlog", linthresh=0.1) if name == "kl" else None
+        axes.set_title(f"{title}\n{name}, {task} iterations", fontsize=9, loc="left")
+        axes.set_xlim(0, 80)  # the unhealthy runs end there
+        axes.set_xlabel("iteration", fontsize=8)
+        if name == "kl":
+            axes.set_yscale("symlog", linthresh=0.1)
+            axes.set_ylim(bottom=0)
         axes.grid(True, linewidth=0.4)
         axes.tick_params(labelsize=8)
         axes.legend(fontsize=8, frameon=False)

@@ -147,12 +147,17 @@ def test_the_demos_table_by_hand(tmp_path, capsys):
 
 
 def test_the_shipped_logs_are_what_the_page_on_reading_says_of_them():
-    def logged(run, name):
-        return np.array(list(curves.read_csv(run, name))[1])
+    def logged(run, name, task):
+        return np.array(list(curves.read_csv(run, name, task))[1])
 
-    assert len(logged("grpo", "tvg/iou")) + len(logged("tvg-only", "tvg/iou")) > 300
-    assert logged("grpo", "kl").mean() < 0.3 and logged("runaway", "kl")[5:].min() > 9
-    assert logged("runaway", "tvg/iou")[10:].max() == 0
-    assert logged("tvg-only", "entropy")[-20:].mean() > 5 * logged("collapse", "entropy")[-20:].mean()
-    assert logged("collapse", "zero_spread")[-20:].mean() > 0.8 > 0.2 > logged("tvg-only", "zero_spread").mean()
-    assert logged("hacked", "vd/vd")[-5:].mean() > 0.9 and logged("hacked", "vd/vd_verbs")[-5:].mean() > 2.3
+    assert logged("tvg-only", "kl", "tvg").max() < 1 < logged("runaway", "kl", "tvg")[2:].min()
+    assert logged("runaway", "tvg/iou", "tvg")[2:].max() == 0
+    assert logged("no-spread", "entropy", "tvg").mean() < 0.3 * logged("tvg-only", "entropy", "tvg").mean()
+    assert logged("no-spread", "zero_spread", "tvg").mean() > 0.3
+    assert logged("tvg-only", "zero_spread", "tvg").mean() < 0.1
+    spread = logged("collapse", "zero_spread", "ar")
+    assert spread[:10].mean() < 0.5 and spread[40:].mean() > 0.8
+    assert logged("collapse", "ar/ar", "ar")[40:].mean() < 0.7 < 0.8 < logged("grpo", "ar/ar", "ar")[-10:].mean()
+    assert logged("hacked", "vd/vd", "vd")[-20:].mean() > 0.9
+    verbs = logged("hacked", "vd/vd_verbs", "vd")
+    assert verbs[10:30].mean() < 1.1 and verbs[-20:].mean() > 2.3
