@@ -3,20 +3,16 @@
     python -m benchmarks.ceilings                                          # the 5M model on one CPU thread
     python -m benchmarks.ceilings --device cuda --size 3b --checkpointing  # the published shape in bfloat16
 
-Decoding is bound by memory: a step reads every weight of the language model once, each prompt's keys and values once
-and the completions' own, as far as they are written. Those bytes over the measured bandwidth are its floor. The policy
-pass is bound by arithmetic: its useful operations over the measured rate of a large matrix product are its floor. They
-are the forward pass and twice that for the backward pass, without what checkpointing computes again and without the
-masked half of causal attention.
+Floors are those of engine/roofline.py: bytes read over the measured bandwidth for decoding, useful operations over the
+measured rate of a large matrix product for the policy pass. They are the forward pass and twice that for the backward
+pass, without what checkpointing computes again.
 
 Weights are random. The first round compiles and is not counted; numbers are medians of --repeats. On CUDA the peak of
 allocated memory is printed, to be held against `python -m benchmarks.memory`.
 """
 
 import argparse
-import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,57 +22,7 @@ import grpo
 from benchmarks import step
 from engine.attention import visual_features
 from engine.checkpoints import load_model, recompute_activations
-
-
-def seconds(run, device, repeats):
-    """-> the median time of `run()` after one uncounted call."""
-    taken = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[1:])
-
-
-def bandwidth(device):
-    """-> bytes a second of reading memory: the sum of a buffer that no cache holds."""
-    buffer = torch.ones(2**30 if device.type == "cuda" else 2**27, device=device)
-    return buffer.nbytes / seconds(lambda: buffer.sum(), device, 20)
-
-
-def matmul_rate(device, dtype):
-    """-> operations a second of a square matrix product, two for every multiplication."""
-    n = 8192 if device.type == "cuda" else 1536
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    b = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / seconds(lambda: a @ b, device, 20)
-
-
-def language_weights(model):
-    """-> parameters of the decoder layers and of the output layer; a token's embedding is one row of its matrix."""
-    layers = sum(p.numel() for p in model.model.language_model.layers.parameters())
-    return layers, model.lm_head.weight.numel()
-
-
-def decoding_floor(model, lengths, G, tokens, rate):
-    """-> seconds for `tokens` - 1 steps (the first token comes from the prefill), at `rate` bytes a second."""
-    text = model.config.text_config
-    head = text.hidden_size // text.num_attention_heads
-    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head  # keys and values of one token
-    weights = sum(language_weights(model))
-    each = [weights + cached * (sum(lengths) + len(lengths) * G * k) for k in range(1, tokens)]
-    return model.dtype.itemsize * sum(each) / rate
-
-
-def policy_operations(model, lengths, G, tokens):
-    """-> operations of forward and backward that no packing can avoid."""
-    text = model.config.text_config
-    layers, head = language_weights(model)
-    linear = 2 * layers * (sum(lengths) + len(lengths) * G * tokens) + 2 * head * len(lengths) * G * tokens
-    pairs = sum(P * P / 2 + G * tokens * (P + tokens / 2) for P in lengths)  # of a query and a key
-    return 3 * (linear + 4 * text.num_hidden_layers * text.hidden_size * pairs)
+from engine.roofline import bandwidth, decoding_floor, forward_operations, matmul_rate, seconds
 
 
 class Speed(NamedTuple):
@@ -120,14 +66,14 @@ def measure(model, processor, prompts, G, tokens, repeats):
                                         features=features[b:b + 1])
             logps.sum().backward()
 
-    rate = bandwidth(device)
-    matmul = matmul_rate(device, model.dtype)
+    rate = bandwidth(device, 20)
+    matmul = matmul_rate(device, model.dtype, 20)
     whole = seconds(lambda: sample(tokens), device, repeats)
     prefill = seconds(lambda: sample(1), device, repeats)
     model.train()
     passed = seconds(policy, device, repeats)
     return Speed(rate, matmul, prefill, whole - prefill, decoding_floor(model, lengths, G, tokens, rate), passed,
-                 policy_operations(model, lengths, G, tokens))
+                 3 * forward_operations(model, lengths, G, tokens))
 
 
 def parse_arguments():
