@@ -251,7 +251,7 @@ class Log:
         if "wait_seconds" in metrics:  # an iteration's: where its time went
             spent = {"wait": metrics["wait_seconds"], "rollout": metrics["rollout_seconds"]}
             spent["update"] = metrics["seconds"] - sum(spent.values())
-            metrics |= {f"{phase}_share": value / metrics["seconds"] for phase, value in spent.items()}
+            metrics |= {f"{phase}_seconds_share": value / metrics["seconds"] for phase, value in spent.items()}
         self.file.write(strict_json({"iteration": iteration, "task": task} | metrics) + "\n")
         self.file.flush()
         for show in self.boards:

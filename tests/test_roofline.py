@@ -50,9 +50,9 @@ def test_a_run_prints_its_floor_once_and_logs_where_its_time_goes(config, capsys
                   "2 take"):
         assert words in printed, words
     for row in log_of(output):
-        shares = [row[f"{phase}_share"] for phase in ("wait", "rollout", "update")]
+        shares = [row[f"{phase}_seconds_share"] for phase in ("wait", "rollout", "update")]
         assert sum(shares) == pytest.approx(1) and min(shares) >= 0
-        assert row["rollout_share"] == pytest.approx(row["rollout_seconds"] / row["seconds"])
+        assert row["rollout_seconds_share"] == pytest.approx(row["rollout_seconds"] / row["seconds"])
 
 
 def test_what_a_run_leaves_out_is_not_announced(config, capsys):
