@@ -144,7 +144,7 @@ def check_space(output, model):
     def check():
         free = shutil.disk_usage(output).free
         if free < needed:
-            raise UserError(f"--output {output}: a checkpoint takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are "
+            raise UserError(f"--output {output}: a checkpoint takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
                             "free on its disk; make room, or name a folder on another disk.")
 
     on_rank_0(check)

@@ -128,6 +128,7 @@ def launch(program, settings):
         return
     finally:
         for worker in multiprocessing.active_children():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the library raises an error where a worker is killed
             worker.kill()  # it hears nothing else
     if dist.get_world_size() > 1:
         sys.stdout.flush()
