@@ -28,7 +28,7 @@ grpo=("${train[@]}" @demo/grpo.args --annotations "$out/train.txt"
 echo "--- 4 of 6: GRPO, with inversion (shown) and on grounding alone ($out/tvg-only.log); about 3 minutes left"
 "${grpo[@]}" --p 1 --output "$out/tvg-only" > "$out/tvg-only.log" 2>&1 &
 other=$!
-python -m report "$out/grpo" --against "$out/tvg-only" --watch > "$out/report.log" 2>&1 &
+nice -n 19 python -m report "$out/grpo" --against "$out/tvg-only" --watch > "$out/report.log" 2>&1 &  # in spare time
 echo "    its curves grow in $out/grpo/report.html"
 run "${grpo[@]}" --p 0.8 --output "$out/grpo"
 wait "$other"
