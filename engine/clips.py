@@ -150,13 +150,22 @@ def _unchanged(batch):
 
 
 def _begin_worker(worker):
-    """End when the program does, however that is, and not before it: it stops at a signal to its whole group, too."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    """End with the program, or when it says so, and not at a signal to the whole group: the program saves first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # _end_with sees who sent it
+    program = multiprocessing.parent_process().pid
+    threading.Thread(target=_end_with, args=(os.getppid(), program), daemon=True).start()
 
 
-def _end_with(parent):
+def _end_with(parent, program):
+    """End this process when its parent is gone, or at a SIGTERM of the program's own, also in a blocked system call."""
     while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+        if hasattr(signal, "sigtimedwait"):
+            sent = signal.sigtimedwait({signal.SIGTERM}, 1)
+            if sent and sent.si_pid == program:
+                break
+        else:
+            time.sleep(1)
+    os._exit(0)
