@@ -1,10 +1,12 @@
 """The paper's ablations on the toy: one list of runs, the two at a time that make them, and tables over seeds.
 
     python -m demo.ablations ablations 0 2 3    make the runs of these seeds in runs/demo-SEED/, and print their table
+    python -m demo.ablations claim 10 11 12     p = 0.8 against p = 1 at several lengths, with KL and without
     python -m demo.ablations few 0 2 3          the same for sixty annotations
     python -m demo.ablations ablations          print the table of demo/ablations.csv, which was made before
 
-What is interrupted goes on when called again. Runs are taken two at a time, with their output in runs/demo-SEED/*.log.
+What is interrupted goes on when called again. Runs are taken two at a time, each run over all seeds before the next,
+with their output in runs/demo-SEED/*.log.
 """
 
 import csv
@@ -17,13 +19,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from demo.make_demo import RARE_VERBS
+from engine.predictions import read_predictions
+
 METRICS = ("R1@0.3", "R1@0.5", "R1@0.7", "mIoU", "VC", "AR", "VD")
+RARE = ("mIoU, rare", "VC, rare", "AR, rare", "VD, rare")  # the queries whose verb is rare in the warm start
 
 # Each GRPO run and its options beyond demo/grpo.args, from the warm start unless FROM says otherwise.
+ARMS = {
+    "tvg-only": "--p 1",
+    "grpo": "--p 0.8",
+    "tvg-only-no-kl": "--p 1 --kl-coef 0",
+    "grpo-no-kl": "--p 0.8 --kl-coef 0",
+}
 RUNS = {
-    "ablations": {
-        "tvg-only": "--p 1",
-        "grpo": "--p 0.8",
+    "claim": ARMS | {
+        "tvg-only-800": "--p 1 --iterations 800",  # as many grounding iterations as "grpo" has
+        "tvg-only-200": "--p 1 --iterations 200",
+        "grpo-200": "--p 0.8 --iterations 200",
+        "tvg-only-2000": "--p 1 --iterations 2000",
+        "grpo-2000": "--p 0.8 --iterations 2000",
+    },
+    "ablations": ARMS | {
         "vd": "--inversion-tasks vd",
         "ar": "--inversion-tasks ar",
         "vc": "--inversion-tasks vc",
@@ -35,8 +52,6 @@ RUNS = {
         "p-0.2": "--p 0.2",
         "p-0.0": "--p 0",
         "cosine": "--inversion-reward cosine",
-        "tvg-only-no-kl": "--p 1 --kl-coef 0",
-        "grpo-no-kl": "--p 0.8 --kl-coef 0",
         "invert-sft-grpo": "--p 0.8",
     },
     # So few annotations that grounding alone learns them by heart; the last has as many grounding iterations as the
@@ -48,6 +63,7 @@ RUNS = {
     },
 }
 FROM = {"invert-sft-grpo": "invert-sft"}
+LENGTH = {"claim": "--iterations 1000", "ablations": "--iterations 1000", "few": "--iterations 350"}
 FEW_ROWS = slice(60, 120)  # the lines of train.txt that the runs of "few" see
 
 
@@ -96,6 +112,18 @@ TABLES = {
             Line("tvg-only-transfer", "TVG only", "bars"),
             Line("grpo-transfer", "with inversion", "bars, higher")],
     },
+    "claim": START | {
+        "p = 0.8 against p = 1": [
+            Line("tvg-only", "TVG only"),
+            Line("grpo", "with inversion"),
+            Line("tvg-only-800", "TVG only, 800 iterations"),
+            Line("tvg-only-no-kl", "TVG only, no KL"),
+            Line("grpo-no-kl", "with inversion, no KL"),
+            Line("tvg-only-200", "TVG only, 200 iterations"),
+            Line("grpo-200", "with inversion, 200 iterations"),
+            Line("tvg-only-2000", "TVG only, 2,000 iterations"),
+            Line("grpo-2000", "with inversion, 2,000 iterations")],
+    },
     "few": START | {
         "sixty annotations": [
             Line("few-tvg-only", "TVG only"),
@@ -107,57 +135,65 @@ TABLES = {
 # ------------------------------------------------------------------------------------------------ making the runs
 
 
-def make_seed(sweep, seed):
-    """Make a seed's warm start, then all its runs, two at a time."""
+def make_runs(sweep, seeds):
+    """Make the warm starts of all seeds, then each run of all seeds, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        for jobs in ([(seed, "warm") for seed in seeds], [(seed, name) for name in RUNS[sweep] for seed in seeds]):
+            made = [pool.submit(make_run, sweep, seed, name) for seed, name in jobs]
+            for (seed, name), result in zip(jobs, made):
+                try:
+                    result.result()
+                except subprocess.CalledProcessError as error:
+                    pool.shutdown(cancel_futures=True)
+                    log = Path(f"runs/demo-{seed}/{name}.log")
+                    last = log.read_text(encoding="utf-8").strip().split("\n")[-1]
+                    sys.exit(f"demo.ablations: {name} of seed {seed} ended with status {error.returncode}, see {log}: "
+                             f"{last}")
+
+
+def make_run(sweep, seed, name):
+    """Train a run and measure it, with the programs' output in runs/demo-SEED/NAME.log."""
     out = Path(f"runs/demo-{seed}")
-    subprocess.run(["bash", "demo/warm_start.sh", str(seed)], check=True)
+    out.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with open(out / f"{name}.log", "a", encoding="utf-8") as log:
+        for command in commands(sweep, seed, name):
+            subprocess.run(command, stdout=log, stderr=log, env=environment, check=True)
+    print(f"seed {seed}: {name} is finished", flush=True)
+
+
+def commands(sweep, seed, name):
+    """The programs behind a run, in order."""
+    out = f"runs/demo-{seed}"
 
     def train(name, *options):
-        return ["invert4tvg.py", "@demo/toy.args", "--videos", f"{out}/videos", "--seed", str(seed), *options,
-                "--output", f"{out}/{name}"]
+        return [sys.executable, "invert4tvg.py", "@demo/toy.args", "--videos", f"{out}/videos", "--seed", str(seed),
+                *options, "--output", f"{out}/{name}"]
 
     def evaluate(model, name, annotations):
-        return ["evaluate.py", "--videos", f"{out}/videos", "--annotations", f"{out}/{annotations}", "--workers", "1",
-                "--micro-batch", "128", "--model", f"{out}/{model}", "--output", f"{out}/{name}"]
+        return [sys.executable, "evaluate.py", "--videos", f"{out}/videos", "--annotations", f"{out}/{annotations}",
+                "--workers", "1", "--micro-batch", "128", "--model", f"{out}/{model}", "--output", f"{out}/{name}"]
 
-    def commands(name):
-        """The programs behind a run, in order."""
-        rows = f"{out}/train.txt"
-        if sweep == "few":
-            rows = f"{out}/few.txt"
-            lines = Path(f"{out}/train.txt").read_text(encoding="utf-8").splitlines(keepends=True)
-            Path(rows).write_text("".join(lines[FEW_ROWS]), encoding="utf-8")
-        if name == "invert-sft-grpo":
-            pairs = f"{out}/invert-sft.jsonl"
-            yield ["-m", "papers.stages", "invert-sft", "--annotations", rows, "--output", pairs]
-            yield train("invert-sft", "--model", f"{out}/warm", "--demonstrations", pairs, "--inversion-format",
-                        "answer", "--iterations", "100", "--lr", "1e-4")
-            yield evaluate("invert-sft", "invert-sft-test", "test.txt")
-        options = RUNS[sweep][name].split()
-        yield train(name, "@demo/grpo.args", "--model", f"{out}/{FROM.get(name, 'warm')}", "--annotations", rows,
-                    *options)
-        yield evaluate(name, f"{name}-test", "test.txt")
-        if name in ("grpo", "tvg-only"):  # Figure 4: videos of another kind, annotations of another format
-            yield evaluate(name, f"{name}-transfer", "transfer.json")
-
-    def make(name):
-        with open(out / f"{name}.log", "a", encoding="utf-8") as log:
-            for command in commands(name):
-                subprocess.run([sys.executable, *command], stdout=log, stderr=log, env=environment, check=True)
-        print(f"seed {seed}: {name} is finished", flush=True)
-
-    subprocess.run([sys.executable, *evaluate("warm", "warm-test", "test.txt")], env=environment, check=True)
-    with ThreadPoolExecutor(2) as pool:
-        made = {name: pool.submit(make, name) for name in RUNS[sweep]}
-        for name, result in made.items():
-            try:
-                result.result()
-            except subprocess.CalledProcessError as error:
-                pool.shutdown(cancel_futures=True)
-                last = (out / f"{name}.log").read_text(encoding="utf-8").strip().split("\n")[-1]
-                sys.exit(f"demo.ablations: {name} of seed {seed} ended with status {error.returncode}, see "
-                         f"{out}/{name}.log: {last}")
+    if name == "warm":
+        yield ["bash", "demo/warm_start.sh", str(seed)]
+        yield evaluate("warm", "warm-test", "test.txt")
+        return
+    rows = f"{out}/train.txt"
+    if sweep == "few":
+        rows = f"{out}/few.txt"
+        lines = Path(f"{out}/train.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+        Path(rows).write_text("".join(lines[FEW_ROWS]), encoding="utf-8")
+    if name == "invert-sft-grpo":
+        pairs = f"{out}/invert-sft.jsonl"
+        yield [sys.executable, "-m", "papers.stages", "invert-sft", "--annotations", rows, "--output", pairs]
+        yield train("invert-sft", "--model", f"{out}/warm", "--demonstrations", pairs, "--inversion-format", "answer",
+                    "--iterations", "100", "--lr", "1e-4")
+        yield evaluate("invert-sft", "invert-sft-test", "test.txt")
+    options = [*LENGTH[sweep].split(), *RUNS[sweep][name].split()]
+    yield train(name, "@demo/grpo.args", "--model", f"{out}/{FROM.get(name, 'warm')}", "--annotations", rows, *options)
+    yield evaluate(name, f"{name}-test", "test.txt")
+    if name in ("grpo", "tvg-only"):  # Figure 4: videos of another kind, annotations of another format
+        yield evaluate(name, f"{name}-transfer", "transfer.json")
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -171,26 +207,59 @@ def collect(sweep, seeds):
         for path in sorted(Path(f"runs/demo-{seed}").glob("*/metrics.json")):
             run = path.parent.name.removesuffix("-test")
             if run in known:
-                metrics = json.loads(path.read_text(encoding="utf-8"))
-                rows.append({"seed": seed, "run": run} | {name: round(metrics[name], 2) for name in METRICS})
+                metrics = json.loads(path.read_text(encoding="utf-8")) | rare_metrics(read_predictions(path.parent))
+                found = {name: round(metrics[name], 2) for name in METRICS + RARE}
+                rows.append({"seed": seed, "run": run} | found)
     return rows
 
 
-def spread(values, sign=""):
+def rare_metrics(predictions):
+    """Predictions -> mIoU, VC, AR and VD, in percent, of the queries whose verb is rare in the warm start."""
+    rare = [p for p in predictions if p["query"].rstrip(".").split()[-1] in RARE_VERBS]
+    found = {}
+    for name, task, part in zip(RARE, ("tvg", "vc", "ar", "vd"), ("iou", "vc", "ar", "vd")):
+        found[name] = 100 * statistics.mean(p["parts"][part] for p in rare if p["task"] == task)
+    return found
+
+
+def spread(values):
     """Mean and, of several, standard deviation in brackets."""
     if not values:
         return ""
     deviation = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.1f}{deviation}"
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+# The 97.5% quantile of Student's t, for 1, 2, ... degrees of freedom.
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def interval(gains):
+    """Differences of pairs -> their mean and, of several, its 95% interval by Student's t."""
+    if not gains:
+        return ""
+    mean = statistics.mean(gains)
+    if len(gains) == 1:
+        return f"{mean:+.1f}"
+    half = T[len(gains) - 2] * statistics.stdev(gains) / len(gains) ** 0.5
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+
+
+def base_of(run):
+    """The run of grounding alone that a run is compared with."""
+    if run.endswith("-transfer"):
+        return "tvg-only-transfer"
+    if run.startswith("few"):
+        return "few-tvg-only"
+    for suffix in ("-no-kl", "-200", "-2000"):
+        if run == f"grpo{suffix}":
+            return f"tvg-only{suffix}"
+    return "tvg-only"
 
 
 def gains(rows, run, metric="R1@0.7"):
     """What `run` has over grounding alone, seed by seed: seeds differ more than runs do, so only pairs compare."""
-    base = "tvg-only"
-    if run.endswith("-transfer"):
-        base = "tvg-only-transfer"
-    elif run.startswith("few"):
-        base = "few-tvg-only"
+    base = base_of(run)
     if run == base:
         return []
     of_run = {row["seed"]: float(row[metric]) for row in rows if row["run"] == run}
@@ -199,29 +268,36 @@ def gains(rows, run, metric="R1@0.7"):
 
 
 def table(sweep, rows):
-    seeds = sorted({row["seed"] for row in rows})
-    lines = [f"Mean (standard deviation) over seeds {', '.join(map(str, seeds))}; percent.", ""]
+    seeds = sorted({int(row["seed"]) for row in rows})
+    columns = [name for name in METRICS + RARE if name in rows[0]]
+    compared = ("R1@0.7", "mIoU")
+    minus = " | ".join(f"{metric} minus TVG only, same seed" for metric in compared)
+    lines = [f"Mean (standard deviation) over seeds {', '.join(map(str, seeds))}; percent. Differences: mean [95% "
+             "interval by Student's t].", ""]
     for section, runs in TABLES[sweep].items():
-        lines.append(f"| {section} | {' | '.join(METRICS)} | R1@0.7 minus TVG only, same seed | the paper's |")
-        lines.append("|---" * (len(METRICS) + 3) + "|")
+        lines.append(f"| {section} | {' | '.join(columns)} | {minus} | the paper's |")
+        lines.append("|---" * (len(columns) + 4) + "|")
         for run, label, paper in runs:
             found = [row for row in rows if row["run"] == run]
-            cells = [spread([float(row[metric]) for row in found]) for metric in METRICS]
-            lines.append(f"| {label} | {' | '.join(cells)} | {spread(gains(rows, run), '+')} | {paper} |")
+            cells = [spread([float(row[name]) for row in found]) for name in columns]
+            cells += [interval(gains(rows, run, metric)) for metric in compared]
+            lines.append(f"| {label} | {' | '.join(cells)} | {paper} |")
         lines.append("")
     return "\n".join(lines)
 
 
 def main(sweep, seeds):
     if sweep not in RUNS or not all(seed.isdigit() for seed in seeds):
-        sys.exit(f"demo.ablations: {' '.join([sweep, *seeds])}: give ablations or few, then seeds, such as 0 2 3.")
+        given = " ".join([sweep, *seeds])
+        sys.exit(f"demo.ablations: {given}: give {', '.join(RUNS)}, then seeds, such as 0 2 3.")
     path = Path(f"demo/{sweep}.csv")
+    if not seeds and not path.exists():
+        sys.exit(f"demo.ablations: {path} is not there: {sweep} was not measured yet; give seeds to make its runs.")
     if seeds:
-        for seed in seeds:
-            make_seed(sweep, seed)
+        make_runs(sweep, seeds)
         path = Path(f"runs/{sweep}.csv")
         with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ("seed", "run", *METRICS))
+            writer = csv.DictWriter(file, ("seed", "run", *METRICS, *RARE))
             writer.writeheader()
             writer.writerows(collect(sweep, seeds))
     with open(path, encoding="utf-8", newline="") as file:
@@ -235,5 +311,5 @@ if __name__ == "__main__":
         main(sys.argv[1], sys.argv[2:])
     except KeyboardInterrupt:
         sys.exit(130)
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"demo.ablations: a stage ended with status {error.returncode}; its message stands above.")
+    except OSError as error:
+        sys.exit(f"demo.ablations: {error}")

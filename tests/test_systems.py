@@ -13,7 +13,7 @@ from engine.settings import parse_settings
 from papers import stages
 
 CLIPS = ["--min-frame-pixels", "784", "--max-frame-pixels", "784", "--max-new-tokens", "24", "--workers", "0"]
-RUNS = [(name, options) for runs in ablations.RUNS.values() for name, options in runs.items()]
+RUNS = {name: options for runs in ablations.RUNS.values() for name, options in runs.items()}.items()
 
 
 @pytest.fixture(scope="module")
