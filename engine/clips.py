@@ -155,16 +155,15 @@ def _begin_worker(worker):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # _end_with sees who sent it
-    program = multiprocessing.parent_process().pid
-    threading.Thread(target=_end_with, args=(os.getppid(), program), daemon=True).start()
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
-def _end_with(parent, program):
-    """End this process when its parent is gone, or at a SIGTERM of the program's own, also in a blocked system call."""
-    while os.getppid() == parent:
+def _end_with(program):
+    """End this process when the program is gone, or at a SIGTERM of its own, also in a blocked system call."""
+    while program.is_alive():
         if hasattr(signal, "sigtimedwait"):
             sent = signal.sigtimedwait({signal.SIGTERM}, 1)
-            if sent and sent.si_pid == program:
+            if sent and sent.si_pid == program.pid:
                 break
         else:
             time.sleep(1)

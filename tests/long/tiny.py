@@ -67,6 +67,8 @@ def start(settings, log, ranks=1, function=None):
         if pid == 0:
             status = 70
             gc.freeze()  # process groups that were left before could not be taken apart here, without their threads
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # where nohup or & has them ignored
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
             try:
                 os.setpgid(0, pids[0] if pids else 0)
                 output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
