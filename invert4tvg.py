@@ -247,7 +247,7 @@ def update(run: Run, batches: list[Batch], lr: float) -> dict[str, float]:
                     old_logps[i] = logps.detach()
                 loss, values = grpo.grpo_loss(logps, old_logps[i], batch.ref_logps, batch.advantages, batch.mask,
                                               config.clip_epsilon, config.kl_coef, config.loss_reduction)
-                (loss * share).backward()
+                (loss * share).backward()  # lines 9, 14
             values["loss"] = loss.item()
             values["entropy"] = entropy[batch.mask].mean().item()
             values["length"] = batch.mask.sum(dim=1).float().mean().item()
@@ -263,7 +263,7 @@ def update(run: Run, batches: list[Batch], lr: float) -> dict[str, float]:
         finite = finite_everywhere([norm, *losses], norm.device)  # else all ranks leave the step out and count it
         if finite:
             run.optimizer.param_groups[0]["lr"] = lr
-            run.optimizer.step()
+            run.optimizer.step()  # line 16
         else:
             keep_batch(config.output, batches)
         run.optimizer.zero_grad(set_to_none=False)  # the gradients are views of DDP's buckets; None would force a copy

@@ -12,7 +12,7 @@ grpo=("${train[@]}" --micro-batch 8 --annotations "$out/train.txt" --iterations 
 "${grpo[@]}" --model "$out/warm" --p 1 --lr 8e-3 --kl-coef 1e-6 --output "$out/runaway"
 # One task with few right answers, no KL: entropy and spread go, and then there is nothing to learn from.
 "${grpo[@]}" --model "$out/warm" --p 0 --inversion-tasks ar --lr 2e-3 --kl-coef 1e-6 --output "$out/collapse"
-# Eight completions that are nearly the same one: from the start most groups have no spread.
+# Eight completions that are nearly the same one: from the start four groups in ten have no spread.
 "${grpo[@]}" --model "$out/warm" --p 0.8 --lr 6e-4 --temperature 0.3 --output "$out/no-spread"
 # A model that lists verbs now and then: Eq. 7 asks for the right verb among those named, so lists win.
 python -m demo.verb_lists "$out"

@@ -62,6 +62,10 @@ def test_the_worked_group_is_what_the_program_computes():
 
     loss, metrics, after = step(logits, advantages, kl_coef=0.04)
     assert f"over the eight is {metrics['kl']:.3f}, the loss is {loss:.3f}." in WORDS
+    ratio = 8 * pi
+    smaller = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    printed = re.search(r"is (1\.469) for o1 .*?, then (.*?), and (-1\.633) for o8 .*? mean is (0\.122)\.", WORDS)
+    same([printed[1], *printed[2].split(", "), printed[3], printed[4]], [*smaller, smaller.mean()])
     assert metrics["clip_high"] == metrics["clip_low"] == 1 / 8
     # Without the KL, o1 and o8 are pushed only as the others push them: by -pi_j times the rest's sum.
     _, _, plain = step(logits, advantages, kl_coef=0.0)
@@ -82,6 +86,8 @@ def test_k1_in_the_loss_pulls_nowhere_and_k3_pulls_to_the_reference():
     assert pull_1.abs().max() < 1e-7
     assert torch.allclose(pull_3, pi - 1 / 8, atol=1e-6)
     assert f"o1 {pull_3[0]:+.3f}, o8 {pull_3[7]:+.3f}" in WORDS
+    _, _, with_kl = step(logits.detach(), torch.zeros(8), kl_coef=1.0)  # the old eight, 1/8 each
+    assert f"{with_kl[0]:+.3f} and {with_kl[7]:+.3f}" in WORDS
 
 
 def test_advantages_do_not_depend_on_the_unit_of_the_reward():
