@@ -455,13 +455,14 @@ def test_a_signal_saves_and_a_second_one_ends_at_once(quick, tmp_path, number):
         log.unlink(missing_ok=True)
         pids = tiny.start(config, tmp_path / "output.txt")
         while not log.exists() or not log.read_text():  # the first iteration
+            assert tiny.runs(pids[0]), (tmp_path / "output.txt").read_text()
             time.sleep(0.02)
         if signals == 1:
             os.killpg(pids[0], number)  # as a terminal or a scheduler does, to the worker too
             assert tiny.wait(pids) == [expected]
             assert newest_checkpoint(config.output)
         else:
-            while tiny.os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            while tiny.runs(pids[0]):
                 os.kill(pids[0], number)
                 time.sleep(0.001)
             assert tiny.wait(pids)[0] in (expected, 130)

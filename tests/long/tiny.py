@@ -100,6 +100,11 @@ def start(settings, log, ranks=1, function=None):
     return pids
 
 
+def runs(pid):
+    """Whether a process that was started has not ended yet; `wait` still gives its status."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def wait(pids, seconds=300.0):
     """-> the status of each process, negative for a signal; after `seconds` None, and it is killed."""
     ends = time.monotonic() + seconds
