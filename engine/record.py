@@ -60,6 +60,7 @@ def tensorboard(config, start):
     def write(iteration, metrics):
         for name, value in metrics.items():
             board.add_scalar(name, value, iteration)
+        board.flush()  # else the last two minutes are lost, also at a normal end
 
     return write
 

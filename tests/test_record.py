@@ -46,12 +46,17 @@ def test_a_board_that_is_not_installed_is_one_sentence(name, package, monkeypatc
 def test_boards_get_every_line_of_the_log(config, monkeypatch):
     shown = []
 
-    class Writer:
+    class Writer:  # as tensorboard's, it keeps what was not flushed to itself when the program ends
         def __init__(self, folder, purge_step):
             self.where = folder, purge_step
+            self.waiting = []
 
         def add_scalar(self, name, value, iteration):
-            shown.append(("tensorboard", *self.where, iteration, name, value))
+            self.waiting.append(("tensorboard", *self.where, iteration, name, value))
+
+        def flush(self):
+            shown.extend(self.waiting)
+            self.waiting.clear()
 
     def init(**settings):
         def log(metrics, step):
