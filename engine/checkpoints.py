@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from engine.attention import install_attention
-from engine.files import MANIFEST, cut_log, flush, seal, write_text
+from engine.files import MANIFEST, cut_log, flush, iteration_of, seal, write_text
 from engine.lora import add_adapters, merged_weights
 from engine.prompts import check_template
 from engine.record import model_card
-from engine.recovery import check_finite, iteration_of, newest_whole
+from engine.recovery import check_finite, newest_whole
 from engine.runtime import gather, on_rank_0, say, together
 from engine.settings import UserError, changed_options
 

@@ -53,6 +53,12 @@ def write_text(path, text):
     flush(path.parent)
 
 
+def iteration_of(folder) -> int | None:
+    """The number in checkpoint-000123 or eval-000123; None for another name, such as an unfinished checkpoint's."""
+    number = folder.name.partition("-")[2]
+    return int(number) if number.isdecimal() else None
+
+
 def cut_log(path, start):
     """Cut a jsonl where the lines of iteration `start` begin, or where a crash has cut a line off.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from engine.files import iteration_of
 from engine.settings import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -96,13 +97,15 @@ def model_card(config, progress) -> str:
     else:
         how += [("annotations", config.annotations), ("group size", config.group_size), ("p", config.p),
                 ("inversion tasks", ", ".join(config.inversion_tasks)), ("KL coefficient", config.kl_coef)]
-    measured = sorted(Path(config.output).glob("eval-*/metrics.json"))
+    files = {iteration_of(path.parent): path for path in Path(config.output).glob("eval-*/metrics.json")}
+    # A folder of another name is not the run's own; one of a later iteration is left over from an interrupted run.
+    measured = [k for k in files if k is not None and k <= progress["iteration"]]
     numbers = "Nothing was measured while it was trained."
     if measured:
-        metrics = json.loads(measured[-1].read_text(encoding="utf-8"))
+        metrics = json.loads(files[max(measured)].read_text(encoding="utf-8"))
         shown = {name: value for name, value in metrics.items() if isinstance(value, float)}
-        numbers = (f"Measured at iteration {int(measured[-1].parent.name.removeprefix('eval-'))} on "
-                   f"{Path(config.eval_annotations).name}, percent:\n\n" + table(shown.items(), "{:.1f}"))
+        numbers = (f"Measured at iteration {max(measured)} on {Path(config.eval_annotations).name}, percent:\n\n"
+                   + table(shown.items(), "{:.1f}"))
     return f"""---
 library_name: transformers
 pipeline_tag: video-text-to-text

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from engine.files import MANIFEST, damage
+from engine.files import MANIFEST, damage, iteration_of
 from engine.runtime import gather, now, on_rank_0, say
 from engine.settings import UserError, flag
 
@@ -98,12 +98,6 @@ def keep_batch(output, batches):
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def iteration_of(checkpoint):
-    """The number in checkpoint-000123; None for another name, such as an unfinished checkpoint's."""
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else None
 
 
 def newest_whole(output):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.checkpoints import fingerprint, newest_checkpoint
+from engine.files import iteration_of
 from engine.predictions import read_predictions
 from engine.settings import UserError
 
@@ -184,10 +185,10 @@ def evaluations_of(run):
     if any(run.folder.glob("predictions*.jsonl")):
         yield Evaluation(run.name, read_predictions(run.folder), read_json(run.folder / "settings.json"))
     for folder in sorted(run.folder.glob("eval-*")):
-        predictions = read_predictions(folder)
+        iteration = iteration_of(folder)
+        predictions = [] if iteration is None else read_predictions(folder)
         if predictions:
-            label = f"{run.name}, iteration {int(folder.name.removeprefix('eval-'))}"
-            yield Evaluation(label, predictions, {})
+            yield Evaluation(f"{run.name}, iteration {iteration}", predictions, {})
     newest = newest_checkpoint(run.folder)
     weights = newest and fingerprint(newest)
     for record in sorted(run.folder.resolve().parent.glob("*/settings.json")):

@@ -10,7 +10,7 @@ import torch
 from conftest import log_of, train
 
 from engine.checkpoints import newest_checkpoint
-from engine.record import open_boards
+from engine.record import model_card, open_boards
 from engine.settings import UserError
 
 
@@ -26,6 +26,17 @@ def test_a_run_notes_its_environment_and_its_checkpoint_has_a_card(config):
     mean = json.loads((output / "eval-000000" / "metrics.json").read_text())["mIoU"]  # the end is measured after saving
     assert f"Measured at iteration 0 on train.txt, percent:\n\n| | |\n|---|---|\n| R1@0.3 | {0:.1f} |" in card
     assert f"| mIoU | {mean:.1f} |" in card
+
+
+def test_a_card_shows_the_runs_own_newest_measurement_until_then(config, tmp_path):
+    # eval-best is the user's; the run was interrupted after iteration 9 and goes on from an earlier checkpoint
+    for name in ("eval-000004", "eval-000009", "eval-best"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "metrics.json").write_text(json.dumps({"mIoU": len(name) + 0.5}))
+    progress = {"iteration": 8, "iterations": 20, "prompts": 2}
+    assert "Measured at iteration 4 on" in model_card(config, progress)
+    assert "Measured at iteration 9 on" in model_card(config, progress | {"iteration": 9})
+    assert "Nothing was measured" in model_card(config, progress | {"iteration": 3})
 
 
 def test_a_card_of_a_run_that_measured_nothing_says_so_and_replaces_that_of_its_start(config, checkpoint, tmp_path):

@@ -114,6 +114,14 @@ def test_cases_by_hand():
     assert len(rows["random"]) == 2 and cases == strips.choose_cases([("a", ours), ("b", theirs)], each=2)
 
 
+def test_a_runs_own_evaluations_are_those_named_by_an_iteration(tmp_path):
+    for name in ("eval-000200", "eval-best"):  # the second is the user's own, in the run's folder
+        (tmp_path / "run" / name).mkdir(parents=True)
+        write_lines(tmp_path / "run" / name / "predictions.0.jsonl", [prediction(0, 0.5)])
+    found = runs.read_run_folder(tmp_path / "run").evaluations
+    assert [evaluation.label for evaluation in found] == ["run, iteration 200"]
+
+
 def test_few_of_many_evaluations_are_stacked():
     ours, theirs = (runs.Run(Path(name), name) for name in "ab")
     entries = [(run, runs.Evaluation(f"{run.name}{i}", [], {})) for run in (ours, theirs) for i in range(0, 13, 1)]
