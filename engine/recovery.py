@@ -41,12 +41,14 @@ class Saves:
         self.device = device
         self.saved_at = time.monotonic()
         self.skipped = 0  # iterations in a row without a step
+        self.is_owed = False  # a checkpoint that was due while steps were left out
 
     def are_due(self, done, metrics, stopping) -> bool:
         """Whether to save after `done` iterations, the same on every rank.
 
-        While steps are left out nothing is saved, so that the newest checkpoint is one that steps were taken from.
-        Raises UserError after ten such iterations in a row.
+        While steps are left out nothing is saved, so that the newest checkpoint is one that steps were taken from: what
+        is due then comes after the next step. But a stop saves in any case, or all since the newest checkpoint would
+        be lost. Raises UserError after ten iterations in a row without a step.
         """
         self.skipped = self.skipped + 1 if metrics["skipped"] == 1 else 0
         if self.skipped == PATIENCE:
@@ -61,8 +63,10 @@ class Saves:
         minutes = torch.tensor((time.monotonic() - self.saved_at) / 60, device=self.device)
         dist.broadcast(minutes, 0)
         is_late = bool(self.config.save_minutes) and minutes.item() >= self.config.save_minutes
-        due = not self.skipped and (stopping or is_late or done % self.config.save_every == 0)
+        self.is_owed |= is_late or done % self.config.save_every == 0
+        due = stopping or self.is_owed and not self.skipped
         if due:
+            self.is_owed = False
             self.saved_at = time.monotonic()
         return due
 

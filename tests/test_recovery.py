@@ -235,6 +235,12 @@ def test_a_stop_is_saved(alone):
     assert not saves.are_due(1, {"skipped": 0.0}, False) and saves.are_due(2, {"skipped": 0.0}, True)
 
 
+def test_a_checkpoint_due_while_steps_are_left_out_comes_after_the_next_step_and_a_stop_is_saved(alone):
+    saves = recovery.Saves(recovery.Saving(save_every=5), 100, alone)
+    assert [k for k in range(1, 12) if saves.are_due(k, {"skipped": float(k in (5, 6))}, False)] == [7, 10]
+    assert saves.are_due(12, {"skipped": 1.0}, True)  # or iterations 11 and 12 would be lost
+
+
 # ---- Broken numbers
 
 
