@@ -34,7 +34,6 @@ from engine.runtime import say
 from engine.settings import UserError, check_limits, flag
 from engine.verbs import count_coverage
 from engine.video import MAX_FRAME_PIXELS, MAX_PIXELS, MIN_FRAME_PIXELS, Clip, VideoError
-from engine.video import read_video as read_video
 
 MAX_ATTEMPTS = 8  # draws for one slot before unreadable videos stop the run
 
