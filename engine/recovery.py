@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from engine.files import MANIFEST, damage, iteration_of
@@ -86,7 +87,7 @@ def keep_batch(output, batches):
     """Write the micro-batches of a step that was left out to skipped/<rank>.safetensors, over those before.
 
     Names are like "0.ids" and "0.prompt1.patches": a field of micro-batch 0, one of its second prompt. The metadata
-    names the iteration and the videos.
+    names the iteration and the videos. Raises UserError where the file cannot be written.
     """
     tensors = {}
     for number, batch in enumerate(batches):
@@ -98,7 +99,11 @@ def keep_batch(output, batches):
     tensors = {name: value.detach().cpu().clone() for name, value in tensors.items() if torch.is_tensor(value)}
     path = Path(output) / "skipped" / f"{dist.get_rank()}.safetensors"
     path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path, {"iteration": str(now.iteration), "videos": json.dumps(list(now.videos))})
+    try:
+        save_file(tensors, path, {"iteration": str(now.iteration), "videos": json.dumps(list(now.videos))})
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise UserError(f"{path}: could not be written ({error}); make room, and give the same command again."
+                        ) from error
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

@@ -261,6 +261,13 @@ def test_ten_steps_in_a_row_without_a_finite_gradient_stop_the_run(quick, capsys
         assert batch.get_tensor("0.prompt0.patches").shape[1] == 1176
 
 
+def test_a_batch_that_cannot_be_kept_is_one_sentence(quick, capsys):
+    (Path(quick.output) / "skipped" / "0.safetensors").mkdir(parents=True)  # no file can be written there
+    with scripted(reply("0 to 1"), reply("0 to 4")), losses(lambda loss: loss * math.nan):
+        message = refusal(capsys, quick)
+    assert "skipped/0.safetensors: could not be written" in message and message.endswith(".")
+
+
 def test_a_loss_that_is_not_finite_is_left_out_though_its_gradient_is_finite(quick):
     class Infinite(torch.autograd.Function):
         @staticmethod
