@@ -13,11 +13,7 @@ with longer reasoning; anchors.jsonl, of which a fifth guesses before it answers
 
 import argparse
 import json
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,6 +23,7 @@ import numpy as np
 from demo.videos import write_video
 from engine.progress import progress
 from engine.settings import print_any_name
+from engine.workers import begin_worker
 
 RARE_VERBS = ("sliding", "falling", "shrinking", "spinning")
 RARE_SHARE = 0.05  # of their samples that the warm start shows
@@ -86,16 +83,6 @@ def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def end_with_parent():
-    """In a worker: end when the main process does, also when that is killed, and leave Ctrl-C to it."""
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m demo.make_demo", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,7 +105,7 @@ def main(argv=None):
     videos = args.folder / "videos"
     videos.mkdir(parents=True, exist_ok=True)
     rows = {}
-    with ProcessPoolExecutor(initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(initializer=begin_worker) as pool:
         for split, count in splits.items():
             names = [f"{split.upper()}{i:04d}" for i in range(count)]
             actions = 2 if split == "transfer" else 3

@@ -7,12 +7,9 @@ import collections
 import contextlib
 import math
 import multiprocessing
-import os
 import signal
 import sys
 import textwrap
-import threading
-import time
 from dataclasses import dataclass, field
 
 from torch.utils.data import DataLoader, Dataset
@@ -20,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from engine.runtime import now
 from engine.settings import UserError
 from engine.video import Clip, VideoError, check_start, read_video
+from engine.workers import begin_worker
 
 
 @dataclass
@@ -97,7 +95,7 @@ def read_ahead(clips: Clips, batches, workers: int, patience: float):
 
     of_workers = {}
     if workers:
-        of_workers = {"worker_init_fn": _begin_worker, "prefetch_factor": 2, "timeout": patience,
+        of_workers = {"worker_init_fn": begin_worker, "prefetch_factor": 2, "timeout": patience,
                       "multiprocessing_context": _start_method()}
     loader = DataLoader(clips, batch_sampler=noted(), num_workers=workers, collate_fn=_unchanged, **of_workers)
     with _quiet_start():
@@ -147,24 +145,3 @@ def _quiet_start():
 
 def _unchanged(batch):
     return batch
-
-
-def _begin_worker(worker):
-    """End with the program, or when it says so, and not at a signal to the whole group: the program saves first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # _end_with sees who sent it
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def _end_with(program):
-    """End this process when the program is gone, or at a SIGTERM of its own, also in a blocked system call."""
-    while program.is_alive():
-        if hasattr(signal, "sigtimedwait"):
-            sent = signal.sigtimedwait({signal.SIGTERM}, 1)
-            if sent and sent.si_pid == program.pid:
-                break
-        else:
-            time.sleep(1)
-    os._exit(0)
