@@ -18,7 +18,7 @@ from engine.files import MANIFEST, cut_log, flush, iteration_of, seal, write_tex
 from engine.lora import add_adapters, merged_weights
 from engine.prompts import check_template
 from engine.record import model_card
-from engine.recovery import check_finite, newest_whole
+from engine.recovery import broken_weights, check_finite, newest_whole
 from engine.runtime import gather, on_rank_0, say, together
 from engine.settings import UserError, changed_options
 
@@ -145,7 +145,7 @@ def check_weights(name, model, loading):
         if found:
             raise OSError(f"--model {name}: {what} {len(found)} weights, {found[0]} among them; the files are damaged "
                           "or of another model.")
-    broken = [key for key, p in model.named_parameters() if not p.isfinite().all()]
+    broken = broken_weights(model)
     if broken:
         raise OSError(f"--model {name}: {len(broken)} weights are not finite, {broken[0]} among them; take another "
                       "checkpoint.")

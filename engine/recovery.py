@@ -163,10 +163,15 @@ def checkpoint_bytes(model) -> int:
     return total
 
 
+def broken_weights(model) -> list[str]:
+    """The names of the weights that are not finite."""
+    return [name for name, p in model.named_parameters() if not p.isfinite().all()]
+
+
 def check_finite(model, optimizer):
     """Raise UserError where a weight, or a number of the optimiser's state, is not finite."""
     names = {p: name for name, p in model.named_parameters()}
-    broken = [name for p, name in names.items() if not p.isfinite().all()]
+    broken = broken_weights(model)
     broken += [names[p] for p, state in optimizer.optim.state.items()
                if not all(x.isfinite().all() for x in state.values() if torch.is_tensor(x))]
     if broken:
