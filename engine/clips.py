@@ -44,7 +44,8 @@ def read_clip(sample, task: str, **clip_settings) -> Clip:
     if task == "tvg":
         clip = read_video(sample.video, start=start, end=end, **clip_settings)
         return clip._replace(end=min(end, clip.end or math.inf) - start)
-    return read_video(sample.video, start=start + sample.start, end=min(start + sample.end, end), **clip_settings)
+    check_start(sample.video, sample.start, end - start)
+    return read_video(sample.video, start=start + sample.start, end=start + sample.end, until=end, **clip_settings)
 
 
 def frames_in_words(clip: Clip, path: str) -> str:

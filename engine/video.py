@@ -34,13 +34,14 @@ class Clip(NamedTuple):
 
 
 def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=None, end=None,
-               min_frame_pixels=MIN_FRAME_PIXELS, max_frame_pixels=MAX_FRAME_PIXELS):
+               min_frame_pixels=MIN_FRAME_PIXELS, max_frame_pixels=MAX_FRAME_PIXELS, until=math.inf):
     """Sample the frames nearest to t = start + k / fps seconds, up to `end` (default: the whole video).
 
-    T is even, 2 to 768. A segment shorter than two frames is widened to 1 / fps seconds; a count that comes out odd
-    is rounded up, its last target being `end` itself; over 768 frames the whole is sampled at a lower rate, which
-    `fps` of the result states. With `start`, decoding begins at the key frame before it; what no wanted frame needs
-    is not decoded, and only wanted frames are converted, to RGB and the size of the first one in one pass.
+    T is even, 2 to 768. A segment shorter than two frames is widened to 1 / fps seconds, though not past `until`; a
+    count that comes out odd is rounded up, its last target being `end` itself; over 768 frames the whole is sampled at
+    a lower rate, which `fps` of the result states. With `start`, decoding begins at the key frame before it; what no
+    wanted frame needs is not decoded, and only wanted frames are converted, to RGB and the size of the first one in one
+    pass.
 
     Raises VideoError naming the file when it cannot be decoded, when a segment starts after the last picture's end,
     and when a frame that comes is further from its target than the file promises, by more than half a step of 1 / fps
@@ -49,7 +50,7 @@ def read_video(path, fps=2.0, max_pixels=MAX_PIXELS, start=None, end=None,
     try:
         with contextlib.closing(_Timed(path)) as video:
             start = start or 0.0
-            end = math.inf if end is None else max(end, start + 1 / fps)
+            end = min(until, math.inf if end is None else max(end, start + 1 / fps))
             # From 1 / fps earlier: a segment at the video's end is widened to the left.
             packets, at_end, seek_to = scan_packets(video, max(0.0, start - 1 / fps), end)
             known_times = np.sort([packet.time for packet in packets if packet.is_shown])

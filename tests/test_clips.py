@@ -23,6 +23,7 @@ from engine import clips
 from engine.clips import Clips, read_ahead, read_clip
 from engine.predictions import read_predictions
 from engine.settings import UserError
+from engine.video import VideoError
 from evaluate import EvalSettings
 from rewards import INVERSIONS
 
@@ -44,6 +45,12 @@ def test_of_an_excerpt_nothing_outside_is_read_and_times_count_from_its_beginnin
     for task in INVERSIONS:
         assert shown(read_clip(sample, task)) == [15, 20]
         assert shown(read_clip(beyond, task)) == [20, 25]
+    at_its_end = Sample(video, "q", 2.0, 2.5, excerpt=(1.0, 3.0))
+    after_its_end = Sample(video, "q", 2.1, 2.5, excerpt=(1.0, 3.0))
+    for task in INVERSIONS:
+        assert shown(read_clip(at_its_end, task)) == [25, 30]  # widened to the left, as at a file's end
+        with pytest.raises(VideoError, match="the segment starts at 2.1 s, after the video's end at 2 s"):
+            read_clip(after_its_end, task)
     assert read_clip(sample, "tvg").end == 2
     over = Sample(video, "q", 1.0, 1.5, excerpt=(3.0, 9.0))  # the file ends at 4 s, its excerpt's first second
     assert read_clip(over, "tvg").end == pytest.approx(1, abs=0.11)
