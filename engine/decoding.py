@@ -169,7 +169,10 @@ def record(forward, through_layer, inputs):
 
 
 def working(forward, compiled, inputs):
-    """Run a step, which compiles: that must not happen while recording -> `compiled`, or `run_layer` where it fails."""
+    """Run a step, which compiles: that must not happen while recording -> `compiled`, or `run_layer` where it fails.
+
+    After a failure nothing is compiled any more: each iteration would try again, and fail after some seconds.
+    """
     try:
         forward(compiled, *inputs)
         return compiled
@@ -179,5 +182,6 @@ def working(forward, compiled, inputs):
         reason = " ".join(str(error).split("\n")[:2])  # torch names the backend first, then what it raised
         warnings.warn(f"a decoding step could not be compiled ({reason}); sampling goes on without, more slowly",
                       stacklevel=2)
+        torch._dynamo.config.disable = True
         forward(run_layer, *inputs)
         return run_layer

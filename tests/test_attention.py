@@ -162,11 +162,15 @@ def test_a_layer_is_compiled_for_a_whole_run_and_for_all_layers(tokenizer, layer
     assert counts[0] <= 2 and counts[-1] == counts[0]
 
 
-def test_where_nothing_can_be_compiled_sampling_goes_on_without(model, prompts):
+def test_where_nothing_can_be_compiled_sampling_goes_on_without(model, prompts, monkeypatch):
+    tried = []
+
     def broken(*_):
+        tried.append(1)
         raise RuntimeError("no C compiler")
 
     torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
     step = torch.compile(run_layer, backend=broken, dynamic=True)
     inputs = torch.arange(8), Decoder(model, prompts, 4, 5).last_position + 1
 
@@ -176,6 +180,9 @@ def test_where_nothing_can_be_compiled_sampling_goes_on_without(model, prompts):
     with torch.no_grad():
         with pytest.warns(UserWarning, match="could not be compiled.*no C compiler"):
             assert working(forward, step, inputs) is run_layer
+        working(forward, step, inputs)  # in the next iteration
+        assert len(tried) == 1
+        torch._dynamo.config.disable = False
         torch._dynamo.reset()
         fine = torch.compile(run_layer, backend="eager", dynamic=True)
         assert working(forward, fine, inputs) is fine
