@@ -219,11 +219,14 @@ def note_origin(config, resume_from, samples, completions, tasks):
 
     "start" is the folder of the weights that the run began with, which are also the reference of the KL; "rows" is a
     digest of all that it learns from. A run that goes on keeps its start, also where --model has a newer checkpoint by
-    now. Raises UserError where the rows or the start's weights have changed.
+    now. Raises UserError where the rows or the start's weights have changed, or where --output is a model's folder.
     """
     rows = [[Path(s.video).name, s.query, s.start, s.end, *filter(None, (s.excerpt, s.alternatives))] for s in samples]
     digest = hashlib.sha256(json.dumps([rows, completions, tasks]).encode()).hexdigest()
     if not resume_from:
+        if any(Path(config.output).glob("*.safetensors")):
+            raise UserError(f"--output {config.output}: is the folder of a model, whose config.json the run's would "
+                            "replace; name another folder.")
         start = find_model(config.model)
         return {"start": str(start), "start_fingerprint": fingerprint(start), "rows": digest}
     state = read_run(resume_from)

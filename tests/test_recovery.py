@@ -357,6 +357,14 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(quick, tmp_path, capsys
     assert "cannot be written to (Not a directory)" in message and message.endswith(".")
 
 
+def test_the_folder_of_a_model_is_no_output(quick, tmp_path, checkpoint, capsys):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    before = (tmp_path / "model" / "config.json").read_bytes()
+    message = refusal(capsys, quick, model=str(tmp_path / "model"), output=str(tmp_path / "model"))
+    assert "is the folder of a model" in message and message.endswith(".")
+    assert (tmp_path / "model" / "config.json").read_bytes() == before
+
+
 def test_space_for_the_next_checkpoint_is_checked_before_training(quick, capsys, monkeypatch):
     train(quick, iterations=1)
     size = sum(path.stat().st_size for path in newest_checkpoint(quick.output).iterdir())
