@@ -70,6 +70,7 @@ def parse_settings(cls, description, argv=None, inherit=None):
     settings = cls(**given)
     try:
         if inherit:
+            check_limits(settings)  # a mistake should not wait for the download of a model
             inherited = {name: value for name, value in inherit(settings).items() if name not in given}
             settings = dataclasses.replace(settings, **inherited)
         settings.check()

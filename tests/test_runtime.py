@@ -149,6 +149,12 @@ def test_inherited_options_give_way_to_the_command_line():
     assert parse_settings(Small, "", ["--folder", "there", "--size", "1"], inherit) == Small(1, ("c",), "there")
 
 
+def test_a_mistake_is_said_before_anything_is_inherited(capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(EvalSettings, "", ["--video", "a.mp4"], lambda settings: pytest.fail("asks for a model first"))
+    assert "--video has no meaning without --query" in capsys.readouterr().err
+
+
 def test_changed_options_are_those_that_matter():
     before = json.loads(json.dumps(dataclasses.asdict(Small())))
     assert changed_options(before, Small()) == changed_options(before, Small(folder="there")) == []
