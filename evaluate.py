@@ -31,6 +31,7 @@ from engine.clips import Clips, Item, frames_in_words, read_ahead
 from engine.files import strict_json, write_text
 from engine.predictions import (
     claim_output,
+    complete_predictions,
     format_comparison,
     format_metrics,
     identity,
@@ -158,8 +159,7 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
     queries = [samples[row].query for row in rows]
     jobs = []
     for task in tasks:
-        suits = rewards.suitable(task, queries)
-        jobs += [(row, task) for row, suited in zip(rows, suits) if suited]
+        jobs += [(row, task) for row, suited in zip(rows, rewards.suitable(task, queries)) if suited]
     if not jobs:
         raise UserError(f"{settings.annotations}: none of its {len(rows)} queries suits --tasks {' '.join(tasks)} (an "
                         "inversion needs an English query with a verb); add tvg.")
@@ -189,7 +189,7 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
                             "error": item.failures[0] if item.failures else None}) + "\n")
                 file.flush()
     dist.barrier()
-    made = [p for p in read_predictions(output, samples) if (p["row"], p["task"]) in wanted]
+    made = complete_predictions(output, samples, wanted, max(1, completions))
     metrics = summarize(made, settings.grounding())
     if rank == 0:
         write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")

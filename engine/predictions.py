@@ -69,6 +69,20 @@ def read_predictions(output, samples=None) -> list[dict]:
     return [predictions[key] for key in sorted(predictions)]
 
 
+def complete_predictions(output, samples, jobs, each) -> list[dict]:
+    """The predictions of a set of (row, task), `each` completions of each.
+
+    Raises UserError where some are missing: metrics of the others would pass for those of all.
+    """
+    found = [p for p in read_predictions(output, samples) if (p["row"], p["task"]) in jobs]
+    missing = len(jobs) * each - len(found)
+    if missing:
+        raise UserError(f"{output}: {missing} of {len(jobs) * each} predictions are not there; a video's file has "
+                        "changed meanwhile, or the processes do not see each other's files; give the same command "
+                        "again.")
+    return found
+
+
 def claim_output(settings, model: str):
     """Raise UserError when --output holds predictions of another model (by fingerprint) or settings; else note it."""
     record = Path(settings.output) / "settings.json"

@@ -209,6 +209,23 @@ def test_unreadable_video_scores_zero_and_is_listed(settings, capsys):
     assert json.loads((Path(settings.output) / "metrics.json").read_text())["unreadable"] == []
 
 
+def test_metrics_of_a_part_do_not_pass_for_those_of_all(settings, monkeypatch, capsys):
+    answer = evaluate.answer
+
+    def growing(model, processor, samples, items, *arguments):
+        if (2, "tvg") in [(item.index, item.task) for item in items]:
+            with open(f"{settings.videos}/AAA.mp4", "ab") as video:  # its copying was not finished
+                video.write(b"more")
+        return answer(model, processor, samples, items, *arguments)
+
+    monkeypatch.setattr(evaluate, "answer", growing)
+    with pytest.raises(SystemExit):
+        measure(settings, tasks=("tvg",))
+    assert "2 of 3 predictions are not there" in capsys.readouterr().err  # rows 0 and 1 are of the shorter file
+    monkeypatch.undo()
+    assert measure(settings, tasks=("tvg",))["rows"] == {"tvg": 3}
+
+
 def test_an_evaluation_that_measures_nothing_is_refused(settings, capsys):
     Path(settings.annotations).write_text("AAA 0 2##a red lamp.\nBBB 0 2##öffnet die tür\n", encoding="utf-8")
     with pytest.raises(SystemExit):
