@@ -46,7 +46,7 @@ def commit() -> str | None:
 def open_boards(config, start) -> list:
     """Functions (iteration, {name: number}) that show the log elsewhere too, for each of --log-to.
 
-    Raises UserError where a package is not installed.
+    Raises UserError where a package is not installed, or where Weights & Biases lets nobody in.
     """
     return [BOARDS[name](config, start) for name in config.log_to]
 
@@ -73,8 +73,12 @@ def wandb(config, start):
     except ImportError as error:
         raise UserError("--log-to wandb: the package is not installed; pip install wandb, then wandb login.") from error
     output = Path(config.output).resolve()
-    run = wandb.init(dir=output, name=output.name, id=hashlib.sha256(str(output).encode()).hexdigest()[:16],
-                     resume="allow", config=dataclasses.asdict(config))
+    try:
+        run = wandb.init(dir=output, name=output.name, id=hashlib.sha256(str(output).encode()).hexdigest()[:16],
+                         resume="allow", config=dataclasses.asdict(config))
+    except wandb.Error as error:  # no key, no network
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise UserError(f"--log-to wandb: {reason}; see to that, or set WANDB_MODE=offline.") from error
     return lambda iteration, metrics: run.log(metrics, step=iteration)
 
 

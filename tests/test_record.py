@@ -1,5 +1,6 @@
 """What is noted of a run beside its log, and where the log is shown too."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -52,6 +53,18 @@ def test_a_board_that_is_not_installed_is_one_sentence(name, package, monkeypatc
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
     with pytest.raises(UserError, match=f"--log-to {name}: .*pip install {name}"):
         open_boards(SimpleNamespace(output=str(tmp_path), log_to=(name,)), 0)
+
+
+def test_a_missing_key_of_wandb_is_one_sentence(config, monkeypatch):
+    class Error(Exception):
+        pass
+
+    def init(**settings):
+        raise Error("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error))  # as wandb 0.31
+    with pytest.raises(UserError, match="--log-to wandb: No API key configured. .*; .*WANDB_MODE=offline[.]"):
+        open_boards(dataclasses.replace(config, log_to=("wandb",)), 0)
 
 
 def test_boards_get_every_line_of_the_log(config, monkeypatch):
