@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import torch.distributed as dist
 
 from engine.files import write_text
 from engine.settings import UserError, changed_options
+
+VISIBLE = 90  # seconds after which a network file system shows what another node has written: NFS lists anew after 60
 
 
 def key_of(prediction):
@@ -72,15 +75,17 @@ def read_predictions(output, samples=None) -> list[dict]:
 def complete_predictions(output, samples, jobs, each) -> list[dict]:
     """The predictions of a set of (row, task), `each` completions of each.
 
-    Raises UserError where some are missing: metrics of the others would pass for those of all.
+    Raises UserError where some are missing: metrics of the others would pass for those of all. Those of other
+    processes are waited for.
     """
-    found = [p for p in read_predictions(output, samples) if (p["row"], p["task"]) in jobs]
-    missing = len(jobs) * each - len(found)
-    if missing:
-        raise UserError(f"{output}: {missing} of {len(jobs) * each} predictions are not there; a video's file has "
-                        "changed meanwhile, or the processes do not see each other's files; give the same command "
-                        "again.")
-    return found
+    expected = len(jobs) * each
+    for left in reversed(range(VISIBLE if dist.get_world_size() > 1 else 1)):
+        found = [p for p in read_predictions(output, samples) if (p["row"], p["task"]) in jobs]
+        if len(found) == expected:
+            return found
+        time.sleep(min(left, 1))
+    raise UserError(f"{output}: {expected - len(found)} of {expected} predictions are not there; a video's file has "
+                    "changed meanwhile, or the processes do not see each other's files; give the same command again.")
 
 
 def claim_output(settings, model: str):

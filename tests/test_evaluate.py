@@ -11,6 +11,7 @@ from conftest import measure, reply, scripted, write_lines, write_video
 
 import evaluate
 import rewards
+from engine import predictions
 from engine.runtime import launch
 from engine.settings import UserError, parse_settings
 from papers.rewards import grounding
@@ -224,6 +225,26 @@ def test_metrics_of_a_part_do_not_pass_for_those_of_all(settings, monkeypatch, c
     assert "2 of 3 predictions are not there" in capsys.readouterr().err  # rows 0 and 1 are of the shorter file
     monkeypatch.undo()
     assert measure(settings, tasks=("tvg",))["rows"] == {"tvg": 3}
+
+
+def test_what_another_process_wrote_is_waited_for(settings, monkeypatch):
+    # Another node's file is seen in the third second. (On two processes of one machine it is there at once.)
+    Path(settings.output).mkdir()
+    write_lines(Path(settings.output) / "predictions.0.jsonl", [prediction(0)])
+    seconds = []
+
+    def sleep(second):
+        seconds.append(second)
+        if len(seconds) == 3:
+            write_lines(Path(settings.output) / "predictions.1.jsonl", [prediction(1)])
+
+    monkeypatch.setattr(predictions.time, "sleep", sleep)
+    monkeypatch.setattr(predictions.dist, "get_world_size", lambda: 2)
+    found = predictions.complete_predictions(settings.output, None, {(0, "tvg"), (1, "tvg")}, 1)
+    assert [p["row"] for p in found] == [0, 1] and seconds == [1, 1, 1]
+    with pytest.raises(UserError, match="1 of 3 predictions are not there"):
+        predictions.complete_predictions(settings.output, None, {(0, "tvg"), (1, "tvg"), (2, "tvg")}, 1)
+    assert sum(seconds) == 3 + predictions.VISIBLE - 1
 
 
 def test_an_evaluation_that_measures_nothing_is_refused(settings, capsys):
