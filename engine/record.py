@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from engine.files import iteration_of
+from engine.files import iteration_of, write_text
 from engine.settings import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ def note_environment(output, iterations):
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    (Path(output) / "environment.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_text(Path(output) / "environment.json", json.dumps(found, indent=2) + "\n")
 
 
 def commit() -> str | None:
