@@ -42,6 +42,8 @@ def commit() -> str | None:
 
 # ------------------------------------------------------------------------------------------------ other boards
 
+finishers = []  # functions (exit status) of the open boards, for an end without Python's own exit hooks
+
 
 def open_boards(config, start) -> list:
     """Functions (iteration, {name: number}) that show the log elsewhere too, for each of --log-to.
@@ -79,6 +81,7 @@ def wandb(config, start):
     except wandb.Error as error:  # no key, no network
         reason = str(error).split("\n")[0].rstrip(".")
         raise UserError(f"--log-to wandb: {reason}; see to that, or set WANDB_MODE=offline.") from error
+    finishers.append(lambda status: run.finish(exit_code=status))
     return lambda iteration, metrics: run.log(metrics, step=iteration)
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from engine.files import locked, strict_json
 from engine.progress import progress
-from engine.record import note_environment, open_boards
+from engine.record import finishers, note_environment, open_boards
 from engine.settings import UserError
 from engine.video import VideoError
 
@@ -131,6 +131,8 @@ def launch(program, settings):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the library raises an error where a worker is killed
             worker.kill()  # it hears nothing else
     if dist.get_world_size() > 1:
+        for finish in finishers:
+            finish(status)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # a clean shutdown would deadlock: other ranks are waiting for this one

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import log_of, train
 
+from engine import record
 from engine.checkpoints import newest_checkpoint
 from engine.record import model_card, open_boards
 from engine.settings import UserError
@@ -85,8 +86,9 @@ def test_boards_get_every_line_of_the_log(config, monkeypatch):
     def init(**settings):
         def log(metrics, step):
             shown.extend(("wandb", settings["name"], settings["resume"], step, *item) for item in metrics.items())
-        return SimpleNamespace(log=log)
+        return SimpleNamespace(log=log, finish=None)
 
+    monkeypatch.setattr(record, "finishers", [])
     for name, contents in (("torch.utils.tensorboard", {"SummaryWriter": Writer}), ("wandb", {"init": init})):
         module = ModuleType(name)
         vars(module).update(contents)

@@ -18,6 +18,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -461,6 +462,20 @@ def test_a_video_that_never_comes_on_one_rank_ends_all_and_is_named(quick, forke
     statuses, said = forked(settings, blocking)
     assert statuses == [1, 1]
     assert "rank 1, iteration 0: " in said and "not decoded within 3 seconds" in said and ".mp4" in said
+
+
+def test_weights_and_biases_is_finished_although_processes_end_without_a_clean_shutdown(quick, tmp_path, forked):
+    def logging(settings):
+        def finish(exit_code):
+            (tmp_path / "finished.txt").write_text(f"rank {os.environ['RANK']}, status {exit_code}")
+
+        run = SimpleNamespace(log=lambda metrics, step: os.kill(os.getpid(), signal.SIGTERM), finish=finish)
+        sys.modules["wandb"] = SimpleNamespace(init=lambda **settings: run)
+        launch(invert4tvg.train, settings)
+
+    statuses, _ = forked(dataclasses.replace(quick, iterations=9, log_to=("wandb",)), logging)
+    assert statuses == [130, 130]
+    assert (tmp_path / "finished.txt").read_text() == "rank 0, status 130"
 
 
 def test_every_rank_finding_the_same_mistake_says_it_once(quick, forked):
