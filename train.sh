@@ -14,11 +14,16 @@ case $name in
     *) sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
 shift
+videos=(--videos data/videos)  # where the evaluation finds them too
+before=
 for word in "$@"; do
     case ${word%%=*} in --output)
         echo "train.sh: the output is runs/$name; call invert4tvg.py itself for another one." >&2
         exit 2 ;;
     esac
+    case $word in --videos=*) videos=("$word") ;; esac
+    case $before in --videos) videos=(--videos "$word") ;; esac
+    before=$word
 done
 gpus=${GPUS:-8}
 case $gpus in 1 | 2 | 4 | 8) ;; *) echo "train.sh: GPUS=$gpus; give 1, 2, 4 or 8." >&2; exit 2 ;; esac
@@ -28,4 +33,5 @@ source demo/jobs.sh  # run: a signal ends what runs, after it has saved, for whi
 # Eight prompts an iteration on any number of GPUs.
 run torchrun --nproc_per_node "$gpus" --shutdown-timeout 1800 invert4tvg.py --model "$model" \
     --accumulation $((8 / gpus)) --eval-every 500 --output "runs/$name" "$@"
-run torchrun --nproc_per_node "$gpus" evaluate.py --model "runs/$name" --micro-batch 16 --output "runs/$name-test"
+run torchrun --nproc_per_node "$gpus" evaluate.py --model "runs/$name" --micro-batch 16 \
+    --output "runs/$name-test" "${videos[@]}"

@@ -189,21 +189,24 @@ def report_missing(samples, allowed):
 def prepare_training(samples):
     """Clamp ends to the video's duration, note the duration in the sample, and drop rows with start >= end.
 
-    The annotation's duration counts; where it states none, as in Charades-STA txt, each video is opened once for its
-    own. Returns (samples, number clamped, those dropped, with their clamped ends). For training only: evaluation keeps
-    every row as it stands.
+    Of a sample with several segments those with start < end are kept. The annotation's duration counts; where it states
+    none, as in Charades-STA txt, each video is opened once for its own. Returns (samples, number clamped, those
+    dropped, with their clamped ends). For training only: evaluation keeps every row as it stands.
     """
     kept = []
     clamped = 0
     dropped = []
     for s in samples:
         duration = s.duration or video_duration(s.video)
-        end = min(s.end, duration or math.inf)
-        if s.start < end:
-            kept.append(replace(s, end=end, duration=duration))
-            clamped += end < s.end
+        segments = ((s.start, s.end), *s.alternatives)
+        ended = [(start, min(end, duration or math.inf)) for start, end in segments]
+        left = [(start, end) for start, end in ended if start < end]
+        if left:
+            (start, end), *others = left
+            kept.append(replace(s, start=start, end=end, alternatives=tuple(others), duration=duration))
+            clamped += any(segment not in segments for segment in left)
         else:
-            dropped.append(replace(s, end=end, duration=duration))
+            dropped.append(replace(s, end=ended[0][1], duration=duration))
     return kept, clamped, dropped
 
 

@@ -39,6 +39,9 @@ def flush(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what some network file systems answer for a folder
+            raise
     finally:
         os.close(descriptor)
 

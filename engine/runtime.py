@@ -115,6 +115,9 @@ def launch(program, settings):
     except BaseException as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # raised wherever this process is
             _say_once("a process that decodes videos was killed (by a lack of memory, say); lower --workers.")
+        elif isinstance(error, torch.OutOfMemoryError):
+            _say_once("the GPU's memory is full; lower --micro-batch or --max-pixels, or see README.md's options for "
+                      "smaller cards.")
         elif _is_anothers_end(error):
             print(f"{_place()}: another process of this run has ended, so this one ends too.", file=sys.stderr)
         elif dist.get_world_size() == 1:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -413,6 +414,13 @@ def test_without_an_annotated_duration_the_videos_own_clamps(tmp_path):
     assert named(dropped) == f": a.mp4 from 5 to {kept[0].end:g} s"
     assert named(dropped * 21).endswith(" s, and 1 more") and named([]) == ""
     assert [s.duration for s in kept] == [kept[0].end, None]  # noted, for Time-R1's reward
+
+
+def test_of_several_segments_training_keeps_those_that_lie_in_the_video():
+    late = Sample("a.mp4", "q", 12.0, 14.0, duration=10.0, alternatives=((1.0, 5.0), (8.0, 20.0)))
+    kept, clamped, dropped = prepare_training([late, replace(late, alternatives=((11.0, 12.0),))])
+    assert [(s.start, s.end, s.alternatives) for s in kept] == [(1.0, 5.0, ((8.0, 10.0),))]
+    assert (clamped, named(dropped)) == (1, ": a.mp4 from 12 to 10 s")
 
 
 # ---- Demonstrations and rollouts

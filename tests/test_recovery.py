@@ -404,6 +404,16 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_is_whole(quick, c
     assert damage(newest_checkpoint(quick.output)) is None
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_folder_that_cannot_be_flushed_is_no_error_but_a_disk_that_fails_is(tmp_path, monkeypatch, number):
+    def fsync(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)  # as CIFS
+    with contextlib.nullcontext() if number == errno.EINVAL else pytest.raises(OSError, match="Input/output error"):
+        files.flush(tmp_path)
+
+
 # ---- Processes
 
 
@@ -462,6 +472,19 @@ def test_a_video_that_never_comes_on_one_rank_ends_all_and_is_named(quick, forke
     statuses, said = forked(settings, blocking)
     assert statuses == [1, 1]
     assert "rank 1, iteration 0: " in said and "not decoded within 3 seconds" in said and ".mp4" in said
+
+
+def test_a_full_gpu_is_one_sentence(quick, forked):
+    def full(settings):
+        def sample_group(*arguments):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        invert4tvg.grpo.sample_group = sample_group
+        launch(invert4tvg.train, settings)
+
+    statuses, said = forked(quick, full, ranks=1)
+    assert statuses == [1] and "Traceback" not in said
+    assert "rank 0, iteration 0: the GPU's memory is full; lower --micro-batch" in said
 
 
 def test_weights_and_biases_is_finished_although_processes_end_without_a_clean_shutdown(quick, tmp_path, forked):

@@ -105,7 +105,14 @@ def test_charades_takes_eight_prompts_an_iteration_on_any_number_of_gpus(run, gp
     train, evaluate = calls
     assert f"--nproc_per_node {gpus} " in train and f"--accumulation {accumulation} " in train
     assert "Qwen2.5-VL-7B" in train and train.endswith("--output runs/charades-7b --lr 5e-6")
-    assert "--model runs/charades-7b " in evaluate and evaluate.endswith("--output runs/charades-7b-test")
+    assert "--model runs/charades-7b " in evaluate
+    assert evaluate.endswith("--output runs/charades-7b-test --videos data/videos")
+
+
+@pytest.mark.parametrize("given", [["--videos", "else where"], ["--videos=else where"]])
+def test_charades_is_evaluated_where_its_videos_are(run, given):
+    _, _, (train, evaluate) = run("train.sh", "charades-3b", *given, "--lr", "5e-6")
+    assert train.endswith(" ".join(given) + " --lr 5e-6") and evaluate.endswith(" " + " ".join(given))
 
 
 @pytest.mark.parametrize("script, stages", [
