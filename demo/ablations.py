@@ -35,6 +35,7 @@ ARMS = {
 RUNS = {
     "claim": ARMS | {
         "tvg-only-800": "--p 1 --iterations 800",  # as many grounding iterations as "grpo" has
+        "tvg-only-1080": "--p 1 --iterations 1080",  # as many seconds
         "tvg-only-200": "--p 1 --iterations 200",
         "grpo-200": "--p 0.8 --iterations 200",
         "tvg-only-2000": "--p 1 --iterations 2000",
@@ -117,6 +118,7 @@ TABLES = {
             Line("tvg-only", "TVG only"),
             Line("grpo", "with inversion"),
             Line("tvg-only-800", "TVG only, 800 iterations"),
+            Line("tvg-only-1080", "TVG only, 1,080 iterations"),
             Line("tvg-only-no-kl", "TVG only, no KL"),
             Line("grpo-no-kl", "with inversion, no KL"),
             Line("tvg-only-200", "TVG only, 200 iterations"),
