@@ -39,6 +39,8 @@ from engine.checkpoints import load_model, newest_checkpoint
 from engine.prompts import encode_prompt, patchify, position_ids
 from engine.runtime import launch, setup_distributed
 
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    signal.signal(number, handler)  # a background job and nohup leave them ignored
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
