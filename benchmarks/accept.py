@@ -161,7 +161,7 @@ def kernels(place):
     error = (decoding.scores(query, key).double() - exact).abs().max().item()
     yield at_most("decoding's scores, error", error, 1e-3,
                   "128 products summed in float32; in bfloat16 it would be above 0.1")
-    allowed = torch.ones(N, 1, C, P + C, dtype=torch.bool, device=place.device).tril(P)
+    allowed = torch.ones(C, P + C, dtype=torch.bool, device=place.device).tril(P)
     q, k, v = noise(N, heads, C, D), noise(N, kv_heads, P + C, D), noise(N, kv_heads, P + C, D)
     found = attend_to_allowed(q, k, v, allowed, D**-0.5).double()
     weights = (q.double() @ k.double().repeat_interleave(heads // kv_heads, 1).mT) * D**-0.5
@@ -174,7 +174,7 @@ def kernels(place):
         "tower, whole frames": (noise(8, 16, 448, 80), noise(8, 16, 448, 80), {}),
         "prefill": (noise(1, heads, P, D), noise(1, kv_heads, P, D), {"is_causal": True, "enable_gqa": True}),
         "completions": (noise(N, kv_heads, 8 * C, D), noise(N, kv_heads, P + C, D),
-                        {"attn_mask": allowed.repeat(1, 1, 8, 1)}),
+                        {"attn_mask": allowed.repeat(8, 1)}),
     }.items():
         choice = torch._fused_sdp_choice(q, k, k, **options)
         kernel = ("math", "flash", "memory-efficient", "cuDNN")[choice]

@@ -94,17 +94,19 @@ class Packed(NamedTuple):
     prompt_cells: torch.Tensor  # (B, P)
     own_cells: torch.Tensor  # (N, C)
     row_cells: torch.Tensor  # (T,)
-    allowed: torch.Tensor  # (N, 1, C, P + C) bool: the keys that a completion's token may attend to, its prompt's first
+    allowed: torch.Tensor  # (B, C, P + C) bool: the keys that a completion's token may attend to, its prompt's first
 
     def attend(self, layer, query, key, value, scaling):
         """(1, heads, T, D) queries, (1, kv_heads, T, D) keys and values -> (1, T, heads, D)."""
         prompt_q, prompt_k, prompt_v = (take_cells(x, self.prompt_cells) for x in (query, key, value))
-        own_q, own_k, own_v = (take_cells(x, self.own_cells) for x in (query, key, value))
-        prompts = attend_causally(prompt_q, prompt_k, prompt_v, scaling)
-        keys = prompt_then_own(prompt_k, own_k)
-        values = prompt_then_own(prompt_v, own_v)
-        completions = attend_to_allowed(own_q, keys, values, self.allowed, scaling)
-        return back_to_row([prompts, completions], self.row_cells)
+        own = (take_cells(x, self.own_cells).chunk(len(self.allowed)) for x in (query, key, value))
+        batches = [attend_causally(prompt_q, prompt_k, prompt_v, scaling)]
+        # Group by group: the completions of one share a mask, and a batch of several would need a mask for each.
+        for shared_k, shared_v, own_q, own_k, own_v, allowed in zip(prompt_k, prompt_v, *own, self.allowed):
+            keys = prompt_then_own(shared_k, own_k)
+            values = prompt_then_own(shared_v, own_v)
+            batches.append(attend_to_allowed(own_q, keys, values, allowed, scaling))
+        return back_to_row(batches, self.row_cells)
 
 
 def take_cells(x, cells):
@@ -125,23 +127,19 @@ def attend_causally(q, k, v, scaling):
 
 
 def prompt_then_own(prompt, own):
-    """(B, kv_heads, P, D) of the prompts, (N, kv_heads, C, D) of the completions -> (N, kv_heads, P + C, D)."""
-    B, kv_heads, P, D = prompt.shape
-    N, _, C, _ = own.shape
-    shared = prompt.unsqueeze(1).expand(B, N // B, kv_heads, P, D)  # a group's prompt, seen by each of its completions
-    grouped = own.unflatten(0, (B, N // B))  # (B, G, kv_heads, C, D)
-    return torch.cat([shared, grouped], dim=3).flatten(0, 1)
+    """(kv_heads, P, D) of a prompt, (G, kv_heads, C, D) of its completions -> (G, kv_heads, P + C, D)."""
+    return torch.cat([prompt.expand(len(own), -1, -1, -1), own], dim=2)
 
 
 def attend_to_allowed(q, k, v, allowed, scaling):
-    """(N, heads, C, D) queries to (N, kv_heads, P + C, D) keys and values -> (N, heads, C, D)."""
-    N, heads, C, D = q.shape
+    """(G, heads, C, D) queries to (G, kv_heads, P + C, D) keys and values -> (G, heads, C, D)."""
+    G, heads, C, D = q.shape
     kv_heads = k.shape[1]
     # Query heads that share keys stand one after the other as queries, so that no key is repeated for them.
-    q = q.reshape(N, kv_heads, heads // kv_heads * C, D)
-    mask = allowed.repeat(1, 1, heads // kv_heads, 1)  # (N, 1, heads / kv_heads * C, P + C)
+    q = q.reshape(G, kv_heads, heads // kv_heads * C, D)
+    mask = allowed.repeat(heads // kv_heads, 1)  # (heads / kv_heads * C, P + C)
     out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    return out.reshape(N, heads, C, D)
+    return out.reshape(G, heads, C, D)
 
 
 def pack_prompts(prompts):
@@ -173,9 +171,9 @@ def pack(prompts, mask):
     row_cells = is_token.nonzero().squeeze(1)
 
     column = torch.arange(C, device=mask.device)
-    causal = (column <= column.unsqueeze(1)).expand(N, C, C)
-    sees_prompt = is_prompt.repeat_interleave(G, dim=0).unsqueeze(1).expand(-1, C, -1)  # (N, C, P)
-    allowed = torch.cat([sees_prompt, causal], dim=2).unsqueeze(1)
+    causal = (column <= column.unsqueeze(1)).expand(len(prompts), C, C)
+    sees_prompt = is_prompt.unsqueeze(1).expand(-1, C, -1)  # (B, C, P)
+    allowed = torch.cat([sees_prompt, causal], dim=2)
 
     last_position = positions[:, last].repeat_interleave(G, dim=1)  # (3, N)
     own_positions = last_position.unsqueeze(2) + 1 + column  # (3, N, C)

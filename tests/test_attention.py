@@ -57,11 +57,28 @@ def test_the_row_and_its_parts_by_hand():
     assert positions.tolist() == [[[30, 31, 32, 20, 21, 33, 22, 23]]] * 3
     assert predictor.tolist() == [2, 4, 6]  # c predicts x, e predicts y, y predicts z
     seen = [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]  # keys: the prompt's three, own two
-    assert attention.allowed[:, 0].int().tolist() == [*map(list, seen)]
+    assert attention.allowed.int().tolist() == [*map(list, seen)]
     prefill, positions, last = pack_prompts(prompts)
     assert prefill.prompt_cells[0].tolist() == [0, 1, 2] and prefill.prompt_cells[1, :2].tolist() == [3, 4]
     assert prefill.row_cells.tolist() == [0, 1, 2, 3, 4] and last.tolist() == [2, 4]
     assert positions.tolist() == [[[30, 31, 32, 20, 21]]] * 3
+
+
+def test_the_completions_of_a_group_share_one_mask(model, prompts, completions, banned, monkeypatch):
+    # With a mask for each completion, 7B needs 0.5 GiB more at the worst.
+    attend, shapes = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noted(*inputs, attn_mask=None, **options):
+        shapes.append(attn_mask if attn_mask is None else tuple(attn_mask.shape))
+        return attend(*inputs, attn_mask=attn_mask, **options)
+
+    ids, mask = completions
+    features = visual_features(model, prompts)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    grpo.group_logps(model, prompts, ids, mask, banned, features=features)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    group = 2 * 20, longest + 20  # two heads share their keys, completions have 20 tokens
+    assert shapes == [None, group, group] * 2  # in each layer: both prompts, and one group after the other
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
