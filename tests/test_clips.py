@@ -99,7 +99,7 @@ def test_clips_come_in_order_and_the_same_however_workers_are_started(mixed, mon
     monkeypatch.setattr(clips, "_start_method", lambda: method)
     draw = TaskSampler(8, {"vc": [True] * 8}, prompts=2, p=0.5)
     batches = [[draw.candidates(k, slot) for slot in draw.slots] for k in range(4)]
-    found = list(read_ahead(Clips(mixed, {}), iter(batches), workers, 60))
+    found = list(read_ahead(Clips(mixed, {}), iter(batches), workers, 600))
     expected = [[Clips(mixed, {})[candidates] for candidates in batch] for batch in batches]
     for items, others in zip(found, expected, strict=True):
         for item, other in zip(items, others, strict=True):

@@ -265,7 +265,7 @@ def test_the_end_of_torchrun_asks_to_stop_too(alone, handlers, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     stop = StopSignal()
     assert not stop.on_any_rank(alone)
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: stop.torchrun + 1)
     assert stop.on_any_rank(alone)
 
 
