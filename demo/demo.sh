@@ -25,7 +25,7 @@ train=(python invert4tvg.py @demo/toy.args --videos "$out/videos" --seed "$seed"
 grpo=("${train[@]}" @demo/grpo.args --annotations "$out/train.txt"
     --eval-every 50 --eval-limit 60 --eval-annotations "$out/val.txt" "$@")
 
-echo "--- 4 of 6: GRPO, with inversion (shown) and on grounding alone ($out/tvg-only.log); about 3 minutes left"
+echo "--- 4 of 6: GRPO, with inversion (shown) and on grounding alone ($out/tvg-only.log); about 5 minutes left"
 "${grpo[@]}" --p 1 --output "$out/tvg-only" > "$out/tvg-only.log" 2>&1 &
 other=$!
 nice -n 19 python -m report "$out/grpo" --against "$out/tvg-only" --watch > "$out/report.log" 2>&1 &  # in spare time
@@ -33,7 +33,7 @@ echo "    its curves grow in $out/grpo/report.html"
 run "${grpo[@]}" --p 0.8 --output "$out/grpo"
 wait "$other"
 
-echo "--- 5 of 6: as much time of supervised training ($out/supervised.log), and evaluation; about 2 minutes left"
+echo "--- 5 of 6: as much time of supervised training ($out/supervised.log), and evaluation; about 3 minutes left"
 iterations=$(python -m demo.table "$out" iterations)
 "${train[@]}" --demonstrations "$out/warmup-2.jsonl" --lr 1e-3 --iterations "$iterations" \
     --output "$out/supervised" > "$out/supervised.log" 2>&1 &
