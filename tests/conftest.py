@@ -44,6 +44,14 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
+
+
+def pytest_xdist_auto_num_workers(config):
+    """All tests are spread over the cores; for single files or tests no other process needs to start."""
+    everything = all(Path(name).resolve() in (ROOT, ROOT / "tests") for name in config.args)
+    return min(4, os.cpu_count()) if everything else 0
+
+
 # ---- A model and its tokenizer
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no defect
