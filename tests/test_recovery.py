@@ -335,7 +335,7 @@ def test_of_two_runs_in_a_folder_the_second_is_refused_and_told_by_whom(quick, c
 @pytest.mark.parametrize("text, free", [
     ("", True), (f"process {os.getpid()} on host {socket.gethostname()} since today", False),
     (f"process 999999999 on host {socket.gethostname()} since today", True),
-    ("process 999999999 on host elsewhere since today", False)])
+    ("process 999999999 on host elsewhere since today", False)], ids=["none", "lives", "gone", "elsewhere"])
 def test_where_a_file_system_has_no_locks_the_text_decides(tmp_path, monkeypatch, text, free):
     def no_locks(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -147,7 +147,7 @@ def test_a_mistake_is_said_before_anything_runs(run, script, arguments, environm
     assert status != 0 and words in message and calls == []
 
 
-@pytest.mark.parametrize("path", ["train.sh", *(f"{p.parent.name}/{p.name}" for p in ROOT.glob("*/*.sh"))])
+@pytest.mark.parametrize("path", ["train.sh", *(f"{p.parent.name}/{p.name}" for p in sorted(ROOT.glob("*/*.sh")))])
 def test_scripts_are_written_for_the_bash_of_every_mac(path):
     """Bash 3.2 knows none of these: case conversion, associative arrays, mapfile, |&, &>>, wait -n, index -1."""
     text = (ROOT / path).read_text(encoding="utf-8")
