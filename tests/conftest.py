@@ -39,8 +39,6 @@ from engine.checkpoints import load_model, newest_checkpoint
 from engine.prompts import encode_prompt, patchify, position_ids
 from engine.runtime import launch, setup_distributed
 
-for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    signal.signal(number, handler)  # a background job and nohup leave them ignored
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,6 +48,14 @@ def pytest_xdist_auto_num_workers(config):
     """All tests are spread over the cores; for single files or tests no other process needs to start."""
     everything = all(Path(name).resolve() in (ROOT, ROOT / "tests") for name in config.args)
     return min(4, os.cpu_count()) if everything else 0
+
+
+@pytest.fixture(autouse=True)
+def reset_signals():
+    """Each test begins as a program does: background jobs have signals ignored, and runs leave handlers behind."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # ---- A model and its tokenizer

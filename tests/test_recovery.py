@@ -93,7 +93,7 @@ def test_a_log_is_cut_where_an_iteration_begins_and_where_a_line_was_cut_off(tmp
 
 def test_a_file_is_replaced_in_one_piece(tmp_path, monkeypatch):
     write_text(tmp_path / "a.json", "old")
-    monkeypatch.setattr(files, "flush", lambda path: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(files, "flush", lambda path: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         write_text(tmp_path / "a.json", "new, but it ends here")
     assert (tmp_path / "a.json").read_text() == "old"
@@ -483,7 +483,7 @@ def test_weights_and_biases_is_finished_although_processes_end_without_a_clean_s
         def finish(exit_code):
             (tmp_path / "finished.txt").write_text(f"rank {os.environ['RANK']}, status {exit_code}")
 
-        run = SimpleNamespace(log=lambda metrics, step: os.kill(os.getpid(), signal.SIGTERM), finish=finish)
+        run = SimpleNamespace(log=lambda metrics, step: signal.raise_signal(signal.SIGTERM), finish=finish)
         sys.modules["wandb"] = SimpleNamespace(init=lambda **settings: run)
         launch(invert4tvg.train, settings)
 

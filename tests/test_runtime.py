@@ -242,26 +242,17 @@ def test_a_bug_keeps_its_traceback_and_is_placed(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.fixture
-def handlers():
-    """Puts back the handlers of signals."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_one_signal_asks_to_stop_and_a_second_is_left_to_the_system(number, alone, handlers):
+def test_one_signal_asks_to_stop_and_a_second_is_left_to_the_system(number, alone):
     stop = StopSignal()
     assert not stop.on_any_rank(alone)
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)
     assert stop.on_any_rank(alone)
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         assert signal.getsignal(each) == signal.SIG_DFL
 
 
-def test_the_end_of_torchrun_asks_to_stop_too(alone, handlers, monkeypatch):
+def test_the_end_of_torchrun_asks_to_stop_too(alone, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     stop = StopSignal()
     assert not stop.on_any_rank(alone)

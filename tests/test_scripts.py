@@ -16,6 +16,7 @@ echo "$(basename "$0") $*" >> "$CALLS"
 case "$*" in
     *demo.make_demo*) mkdir -p "$3"; touch "$3"/{anchors,lists,cold-start}.jsonl ;;
     *"demo.table"*iterations*) echo 10 ;;
+    *"--p 0.8 --output runs/demo-3/grpo") for _ in 1 2 3 4 5 6 7 8 9; do grep -q watch "$CALLS" || sleep 1; done ;;
 esac
 if [ -n "${FAIL:-}" ]; then case "$*" in *"$FAIL"*) echo "it failed" >&2; exit 1 ;; esac; fi
 """
