@@ -193,7 +193,7 @@ def test_ctrl_c_while_workers_start_waits_until_they_have_and_does_not_reach_the
     with pytest.raises(KeyboardInterrupt):
         with clips._quiet_start():
             signal.raise_signal(signal.SIGINT)
-            worker = multiprocessing.get_context(method).Process(target=os.kill, args=(os.getpid(), 0))
+            worker = multiprocessing.get_context(method).Process(target=time.sleep, args=(1,))
             worker.start()
             os.kill(worker.pid, signal.SIGINT)
     worker.join()
