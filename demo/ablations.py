@@ -281,6 +281,8 @@ def table(sweep, rows):
         lines.append("|---" * (len(columns) + 4) + "|")
         for run, label, paper in runs:
             found = [row for row in rows if row["run"] == run]
+            if not found:
+                continue  # not made yet
             cells = [spread([float(row[name]) for row in found]) for name in columns]
             cells += [interval(gains(rows, run, metric)) for metric in compared]
             lines.append(f"| {label} | {' | '.join(cells)} | {paper} |")

@@ -125,6 +125,7 @@ def test_ablations_by_hand():
     # Levels: mean 37.5, deviation 9.2 (of 31 and 44). Gains of 1 and 4: mean 2.5, deviation 2.121, and for two pairs
     # the interval is 12.706 x 2.121 / the root of 2 = 19.06 to each side.
     assert "| VD |" + " 37.5 (9.2) |" * 7 + " +2.5 [-16.6, +21.6] |" * 2 + " 79.1" in printed
+    assert "| AR + VD |" not in printed  # not made yet
     assert ablations.base_of("grpo-no-kl") == "tvg-only-no-kl" and ablations.base_of("vc-ar") == "tvg-only"
 
 
