@@ -95,7 +95,7 @@ def test_every_option_that_a_page_names_exists(name):
         assert f'"{option}"' in source or re.search(rf"^    {field}: \w+ = flag", source, re.MULTILINE), option
 
 
-@pytest.mark.parametrize("sweep", ["ablations", "few", "claim"])
+@pytest.mark.parametrize("sweep", ablations.RUNS)
 def test_the_tables_of_many_runs_are_those_of_the_data(sweep):
     with open(ROOT / "demo" / f"{sweep}.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
