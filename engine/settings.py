@@ -10,6 +10,8 @@ import shlex
 import sys
 from dataclasses import field
 
+LARGEST = 1e30  # of any option: float32, in which tensors are computed, ends at 3.4e38
+
 
 class UserError(Exception):
     """Something the user can mend; its one sentence is all that `run` prints."""
@@ -39,6 +41,8 @@ def check_limits(settings):
             stated = f"{option(f.name)} is {value}"
             if not math.isfinite(value):
                 raise UserError(f"{stated}; it must be a finite number.")
+            if abs(value) > LARGEST:
+                raise UserError(f"{stated}; it must be at most {LARGEST:g}.")
             if limits["above"] is not None and value <= limits["above"]:
                 raise UserError(f"{stated}; it must be above {limits['above']}.")
             if limits["least"] is not None and value < limits["least"]:

@@ -51,7 +51,8 @@ from invert4tvg import Config
     (["--tvg-reward", "giou"], "'giou'"), (["--tvg-format", "none"], "'none'"),
     (["--inversion-format", "thinking"], "'thinking'"), (["--inversion-reward", "cos"], "'cos'"),
     (["--vd-match", "some"], "'some'"), (["--resume"], "--resume"),
-    (["--lr", "nan"], "--lr is nan; it must be a finite number"), (["@none.args"], "none.args")])
+    (["--lr", "nan"], "--lr is nan; it must be a finite number"),
+    (["--clip-epsilon", "1e39"], "--clip-epsilon is 1e+39; it must be at most 1e+30"), (["@none.args"], "none.args")])
 def test_a_wrong_option_is_one_sentence(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_settings(Config, "", argv)
