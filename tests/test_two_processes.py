@@ -1,11 +1,12 @@
 """Training and evaluation in two processes, through the program's own loop: they do together what one does alone.
 
-Starting a process costs seconds, so two of them are started once and run a list of jobs. Scripted texts stand in the
+Two processes are forked once and run a list of jobs. Scripted texts stand in the
 sampler's place where the runs must agree; completions have different lengths, so that the ranks' shares differ.
 """
 
 import contextlib
 import dataclasses
+import gc
 import os
 import shutil
 import socket
@@ -51,7 +52,7 @@ def free_port():
 
 def run_as(rank, jobs):
     """Run `jobs`, (program, settings, texts to script or None, port), as rank `rank` of two."""
-    torch.set_num_threads(1)
+    gc.freeze()  # process groups of earlier tests have no threads here
     for program, settings, texts, port in jobs:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         with scripted(*texts) if texts else contextlib.nullcontext():
@@ -112,6 +113,11 @@ def check_gradients(settings):
     launch(program, settings)
 
 
+def run_evaluation(settings):
+    """`measure` without its last step: metrics.json is written by rank 0, after the other one has ended perhaps."""
+    launch(evaluate.main, settings)
+
+
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory, checkpoint):
     """Settings by name, after two processes have run them; of "... alone", after one process has.
@@ -141,10 +147,11 @@ def jobs(tmp_path_factory, checkpoint):
              for name in ("completion", "token", "adapted", "supervised")} | {"evaluated alone": settings["evaluated"]}
     settings, alone = ({name: dataclasses.replace(one, output=str(folder / name)) for name, one in each.items()}
                        for each in (settings, alone))
-    programs = [(measure if name == "evaluated" else train, one, None if name in ("sampled", "evaluated") else TEXTS,
-                 free_port()) for name, one in settings.items()]
+    programs = [(run_evaluation if name == "evaluated" else train, one,
+                 None if name in ("sampled", "evaluated") else TEXTS, free_port()) for name, one in settings.items()]
     programs += [(check, base, None, free_port()) for check in (check_reference, check_gradients)]
-    torch.multiprocessing.spawn(run_as, (programs,), nprocs=2)  # raises what a check has found
+    # Forked, they need not import everything anew. This raises what a check has found.
+    torch.multiprocessing.start_processes(run_as, (programs,), nprocs=2, start_method="fork")
     for name, one in alone.items():
         if name == "evaluated alone":
             measure(one)
