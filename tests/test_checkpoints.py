@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from conftest import ROOT, log_of, train, weights_of, write_share
+from conftest import log_of, train, weights_of, write_share
 from safetensors.torch import load_file
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -189,17 +188,18 @@ def test_a_damaged_run_is_named(config, capsys, name, monkeypatch):
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(config, tmp_path, monkeypatch, capsys):
-    command = [sys.executable, str(ROOT / "invert4tvg.py"), "--workers", "1", "--iterations", "100000"]
+    argv = ["invert4tvg.py", "--workers", "1", "--iterations", "100000"]
     for name in ("model", "annotations", "videos", "output", "max_new_tokens", "group_size"):
-        command += [option(name), str(getattr(config, name))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                               start_new_session=True)
+        argv += [option(name), str(getattr(config, name))]
+    pids = tiny.start(argv, tmp_path / "output.txt", function=tiny.be_program)
     log = Path(config.output) / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 1):
+    while tiny.runs(pids[0]) and not (log.exists() and log.read_text().count("\n") > 1):
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
-    out, err = process.communicate()
-    assert process.returncode == 130 and "the same command goes on" in out and "Traceback" not in err
+    os.killpg(pids[0], signal.SIGINT)  # a terminal sends it to the workers too
+    status = tiny.wait(pids)
+    said = (tmp_path / "output.txt").read_text()
+    assert status == [130] and "the same command goes on" in said and "Traceback" not in said, said
+    assert not tiny.left_behind(pids[0])
     done = int(newest_checkpoint(config.output).name.split("-")[1])
     assert len(log_of(config.output)) == done
     given = {name: getattr(config, name)

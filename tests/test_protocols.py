@@ -1,11 +1,10 @@
 """papers/protocols.py: which span each project reads, and what it counts."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, reply
+import tiny
+from conftest import reply
 
 from papers.protocols import (
     PROTOCOLS,
@@ -69,16 +68,11 @@ def test_a_reversed_span_is_worth_something_only_where_it_is_swapped():
 
 
 def test_the_program_prints_a_line_for_each_protocol_and_refuses_what_is_no_evaluation(tmp_path):
-    def call(*argv):
-        done = subprocess.run([sys.executable, "-m", "papers.protocols", *map(str, argv)], capture_output=True,
-                              text=True, cwd=ROOT)
-        return done.returncode, done.stdout, done.stderr
-
     rows = [prediction(0, reply("2 to 6"), (2, 6)), prediction(0, "x", None) | {"task": "vc"}]
     (tmp_path / "predictions.0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    status, _, message = call(tmp_path)
+    status, message = tiny.run_program("-m", "papers.protocols", tmp_path)
     assert status == 1 and "holds no finished evaluation" in message and message.count("\n") == 1
     (tmp_path / "metrics.json").write_text("{}")
-    status, printed, _ = call(tmp_path)
+    status, printed = tiny.run_program("-m", "papers.protocols", tmp_path)
     assert status == 0 and printed.rstrip("\n") == table(rows[:1])
     assert [line.split(" | ")[0] for line in printed.splitlines()[2:]] == [f"| {name}" for name in PROTOCOLS]

@@ -5,8 +5,10 @@ Programs are forked from this process, which has loaded everything: a start take
 
 import argparse
 import dataclasses
+import functools
 import gc
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -20,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
-from conftest import byte_tokenizer, make_config, tiny_model, write_lines
+from conftest import ROOT, byte_tokenizer, make_config, tiny_model, write_lines
 
 import evaluate
 import invert4tvg
@@ -98,6 +100,39 @@ def start(settings, log, ranks=1, function=None):
         except (PermissionError, ProcessLookupError):
             pass  # it has done so itself, or has ended
     return pids
+
+
+def run_program(*argv, cwd=ROOT):
+    """`python *argv`, forked from this process -> (status, what it printed).
+
+    In another folder than ROOT its own top files and papers/ count, not ROOT's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "output.txt"
+        [status] = wait(start([*map(str, argv)], log, function=functools.partial(be_program, cwd=cwd)))
+        return status, log.read_text(encoding="utf-8")
+
+
+def be_program(argv, cwd=ROOT):
+    """What Python does with these arguments: a script, or -m and a module."""
+    os.chdir(cwd)
+    sys.path.insert(0, str(cwd))
+    if cwd != ROOT:
+        forget_project("papers")
+    sys.argv = argv
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        sys.modules.pop(argv[1], None)
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(argv[0], run_name="__main__")
+
+
+def forget_project(*folders):
+    """Let the top files and what is in these folders be imported anew."""
+    ours = {*folders, *(path.stem for path in ROOT.glob("*.py"))}
+    for name in [name for name in sys.modules if name.split(".")[0] in ours]:
+        del sys.modules[name]
 
 
 def runs(pid):
