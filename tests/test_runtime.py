@@ -2,14 +2,18 @@
 
 import dataclasses
 import datetime
+import importlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -164,19 +168,44 @@ def test_changed_options_are_those_that_matter():
 
 
 def test_a_mistyped_option_is_said_before_spacy_and_transformers_are_imported():
+    # Both in one process, so that torch is imported once; nothing of the project is left from the first.
+    command = textwrap.dedent("""
+        import runpy, sys
+        for program in ("invert4tvg.py", "evaluate.py"):
+            sys.argv = [program, "--nope"]
+            try:
+                runpy.run_path(program, run_name="__main__")
+            except SystemExit as stop:
+                late = {"spacy", "transformers", "torch.distributed.optim"}
+                print(program, stop.code, *sorted(({"torch"} | late) & sys.modules.keys()))
+            for name in [name for name in sys.modules if name.split(".")[0] in ("engine", "papers", "data", "grpo",
+                                                                                "rewards", "evaluate")]:
+                del sys.modules[name]
+    """)
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["invert4tvg.py 2 torch", "evaluate.py 2 torch"], done.stderr
     for program in ("invert4tvg.py", "evaluate.py"):
-        done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / program), "--nope"], capture_output=True,
-                              text=True)
-        imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
-        assert done.returncode == 2 and f"{program}: unrecognized arguments: --nope; --help" in done.stderr
-        assert "torch" in imported and not {"spacy", "transformers", "torch.distributed.optim"} & imported
+        assert f"{program}: unrecognized arguments: --nope; --help" in done.stderr
 
 
-def test_what_is_printed_may_hold_names_that_the_console_cannot_show():
-    command = "import evaluate as e; e.parse_settings(e.EvalSettings, '', []); print('видео')"
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert done.stdout == "?????\n", done.stderr
+@pytest.mark.parametrize("name", ["invert4tvg", "evaluate", "demo.make_demo", "papers.protocols", "report.__main__"])
+def test_every_program_can_be_the_first_that_is_imported(tmp_path, name):
+    """Programs that other tests fork from a process that has loaded everything."""
+
+    def imported(name):
+        tiny.forget_project("benchmarks", "demo", "engine", "papers", "report")
+        importlib.import_module(name)
+
+    status = tiny.wait(tiny.start(name, tmp_path / "output.txt", function=imported))
+    assert status == [0], (tmp_path / "output.txt").read_text()
+
+
+def test_what_is_printed_may_hold_names_that_the_console_cannot_show(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    parse_settings(EvalSettings, "", [])
+    print("видео", flush=True)
+    assert sys.stdout.buffer.getvalue() == b"?????\n"
 
 
 # ---- How processes find each other
