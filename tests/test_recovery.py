@@ -20,7 +20,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import fuzz
+import kills
 import pytest
+import soak
+import tiny
 import torch
 from conftest import (
     ROOT,
@@ -47,15 +51,8 @@ from engine.files import cut_log, damage, locked, strict_json, write_text
 from engine.optimizer import MasterAdamW
 from engine.prompts import encode_prompt
 from engine.runtime import launch, now
-from engine.settings import UserError
+from engine.settings import UserError, option
 from engine.video import VideoError, read_video
-
-sys.path.insert(0, str(ROOT / "tests" / "long"))
-
-import fuzz
-import kills
-import soak
-import tiny
 
 
 def refusal(capsys, config, **changes):
@@ -615,16 +612,18 @@ def test_a_playlist_leads_nowhere_and_a_colon_is_part_of_a_name(tmp_path):
 
 def test_without_a_hub_id_no_network_is_asked(quick, tmp_path):
     """A whole run in a process of its own, where the hub is not switched off and every look-up or connection fails."""
+    argv = [str(ROOT / "invert4tvg.py"), "--iterations", "1", "--p", "1", "--workers", "0"]
+    for name in ("model", "annotations", "videos", "output", "max_new_tokens", "group_size"):
+        argv += [option(name), str(getattr(quick, name))]
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(f"""
-        import socket, sys
+        import runpy, socket, sys
         def refuse(*arguments, **named):
             print("network", arguments)
             raise OSError("no network")
         socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
-        import invert4tvg
-        from engine.runtime import launch
-        launch(invert4tvg.train, invert4tvg.Config(**{dataclasses.asdict(quick) | {'iterations': 1}!r}))
+        sys.argv = {argv!r}
+        runpy.run_path(sys.argv[0], run_name="__main__")
     """))
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True,
@@ -647,7 +646,11 @@ def short(lively, monkeypatch):
         return dataclasses.replace(lively, **settings | changes)
 
     monkeypatch.setattr(tiny, "make", make)
-    monkeypatch.setattr(kills, "CHANGES", kills.CHANGES | {"iterations": 4})
+    fewer = {"iterations": 2, "save_every": 1, "eval_every": 2, "eval_limit": 1, "accumulation": 1}
+    monkeypatch.setattr(kills, "CHANGES", kills.CHANGES | fewer)
+    # A slow disk: most kills while a checkpoint is written then hit at the first attempt.
+    plain = files.flush
+    monkeypatch.setattr(files, "flush", lambda path: (time.sleep(0.02), plain(path)))
 
 
 def test_a_short_campaign_of_kills(short, tmp_path, capsys):
@@ -663,4 +666,4 @@ def test_a_short_campaign_of_mutilated_files(short, tmp_path, capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory and descriptors are counted in /proc")
 def test_a_short_campaign_of_endurance(short, tmp_path):
-    assert soak.campaign(tmp_path, iterations=20) == []
+    assert soak.campaign(tmp_path, iterations=12) == []
