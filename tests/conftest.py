@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import inspect
 import json
 import os
+import shutil
 import signal
 from fractions import Fraction
 from pathlib import Path
@@ -240,18 +242,36 @@ def config(tmp_path, checkpoint):
     return make_config(tmp_path, checkpoint)
 
 
+def made_once(tmp_path_factory, name, make):
+    """A folder that `make(folder)` has filled, once for all processes of a test run."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    with open(root / f"{name}.lock", "w", encoding="utf-8") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        if not (root / f"{name}.made").exists():
+            shutil.rmtree(root / name, ignore_errors=True)  # another process failed at it
+            (root / name).mkdir()
+            make(root / name)
+            (root / f"{name}.made").touch()
+    return root / name
+
+
 @pytest.fixture(scope="session")
 def babbler(tmp_path_factory, checkpoint):
     """The tiny model after a short supervised stage: its answers are sometimes well-formed, so that rewards differ."""
-    folder = tmp_path_factory.mktemp("babbler")
-    config = make_config(folder, checkpoint)
+    folder = made_once(tmp_path_factory, "babbler", lambda folder: imitate(make_config(folder, checkpoint), folder))
+    return newest_checkpoint(folder / "run")
+
+
+def imitate(config, folder):
+    """The babbler's supervised stage."""
     completion = "<think>a</think><answer>1 to 2</answer>"
     line = {"video": "AAA", "query": "person runs", "start": 0, "end": 2, "completion": completion}
     demonstrations = "".join(json.dumps(line | {"task": task}) + "\n" for task in rewards.TASKS)
     (folder / "demos.jsonl").write_text(demonstrations)
     train(config, demonstrations=str(folder / "demos.jsonl"), micro_batch=4, accumulation=1, iterations=40, lr=1.5e-2,
           gradient_checkpointing=False)
-    return newest_checkpoint(config.output)
 
 
 @pytest.fixture()
