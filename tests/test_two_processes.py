@@ -1,7 +1,7 @@
 """Training and evaluation in two processes, through the program's own loop: they do together what one does alone.
 
-Two processes are forked once and run a list of jobs. Scripted texts stand in the
-sampler's place where the runs must agree; completions have different lengths, so that the ranks' shares differ.
+Two processes are started once and run a list of jobs. Scripted texts stand in the sampler's place where the runs must
+agree; completions have different lengths, so that the ranks' shares differ.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import gc
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,8 +151,10 @@ def jobs(tmp_path_factory, checkpoint):
     programs = [(run_evaluation if name == "evaluated" else train, one,
                  None if name in ("sampled", "evaluated") else TEXTS, free_port()) for name, one in settings.items()]
     programs += [(check, base, None, free_port()) for check in (check_reference, check_gradients)]
-    # Forked, they need not import everything anew. This raises what a check has found.
-    torch.multiprocessing.start_processes(run_as, (programs,), nprocs=2, start_method="fork")
+    # Forked, they need not import everything anew; libraries of macOS may crash in a fork. This raises what a check
+    # has found.
+    method = "fork" if sys.platform == "linux" else "spawn"
+    torch.multiprocessing.start_processes(run_as, (programs,), nprocs=2, start_method=method)
     for name, one in alone.items():
         if name == "evaluated alone":
             measure(one)

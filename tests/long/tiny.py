@@ -12,6 +12,7 @@ import runpy
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -103,10 +104,16 @@ def start(settings, log, ranks=1, function=None):
 
 
 def run_program(*argv, cwd=ROOT):
-    """`python *argv`, forked from this process -> (status, what it printed).
+    """`python *argv` in the folder `cwd` -> (status, what it printed).
 
-    In another folder than ROOT its own top files and papers/ count, not ROOT's.
+    On Linux it is forked from this process. In another folder than ROOT its own top files and papers/ count, not
+    ROOT's. Elsewhere it is started anew: libraries of macOS may crash in a fork that uses them again.
     """
+    if sys.platform != "linux":
+        done = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, text=True, encoding="utf-8",
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+        return done.returncode, done.stdout
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "output.txt"
         [status] = wait(start([*map(str, argv)], log, function=functools.partial(be_program, cwd=cwd)))
