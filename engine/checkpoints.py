@@ -210,8 +210,16 @@ def find_run(config, prompts):
         raise UserError(f"--output {config.output} holds a run made with another {', '.join(changed)}; give the same "
                         "options to go on with it, or name another folder.")
     total = state["iterations"]
-    measured = Path(config.output) / f"eval-{total:06d}" / "metrics.json"
-    return newest, state["iteration"] == total and (not config.eval_every or measured.exists())
+    return newest, state["iteration"] == total and (not config.eval_every or is_measured(config.output, total))
+
+
+def is_measured(output, iteration):
+    """Whether an evaluation in training has ended, which it has when its line is the log's last."""
+    log = Path(output) / "metrics.jsonl"
+    if not log.exists() or not (Path(output) / f"eval-{iteration:06d}" / "metrics.json").exists():
+        return False
+    lines = log.read_bytes().splitlines(keepends=True)
+    return bool(lines) and lines[-1].endswith(b"}\n") and b'"task": "eval"' in lines[-1]
 
 
 def note_origin(config, resume_from, samples, completions, tasks):

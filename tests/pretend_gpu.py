@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import make_prompt, tiny_model, token_ids
+from shared import make_prompt, tiny_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend

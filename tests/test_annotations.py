@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import write_video
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import write_video
 
 from engine.annotations import (
     VIDEO_SUFFIXES,

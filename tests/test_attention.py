@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import make_prompt, tiny_model, token_ids
 from safetensors.torch import load_file
+from shared import make_prompt, tiny_model, token_ids
 
 import grpo
 from engine.attention import Prompt, embed, install_attention, pack, pack_prompts, run_language_model, visual_features

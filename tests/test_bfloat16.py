@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import log_of, states_of, train
+from shared import log_of, states_of, train
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from engine.checkpoints import load_model, newest_checkpoint

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import log_of, train, weights_of, write_share
 from safetensors.torch import load_file
+from shared import log_of, train, weights_of, write_share
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import invert4tvg
@@ -152,12 +152,17 @@ def test_a_finished_run_is_left_as_it_is_and_loads_no_model(config, monkeypatch,
     assert (Path(config.output) / "metrics.jsonl").read_text() == log
 
 
-def test_a_run_that_only_lacks_its_last_evaluation_makes_it(config):
+@pytest.mark.parametrize("has_metrics", [False, True])
+@pytest.mark.parametrize("line", [b"", b'{"iteration": 1, "ta'])
+def test_a_run_that_only_lacks_its_last_evaluation_makes_it(config, has_metrics, line):
     changes = {"iterations": 1, "eval_every": 1, "eval_limit": 1, "eval_annotations": config.annotations}
     train(config, **changes)
     log = log_of(config.output)
     assert [(row["iteration"], row["task"] == "eval") for row in log] == [(0, True), (0, False), (1, True)]
-    shutil.rmtree(Path(config.output) / "eval-000001")  # as if it had died while measuring
+    if not has_metrics:  # as if it had died while measuring; else, before its line was written
+        shutil.rmtree(Path(config.output) / "eval-000001")
+    path = Path(config.output) / "metrics.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]) + line)
     train(config, **changes)
     assert timeless(log_of(config.output)) == timeless(log)
     assert (Path(config.output) / "eval-000001" / "metrics.json").exists()

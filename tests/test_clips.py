@@ -14,8 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEN_HZ, measure, shown, train, weights_of, write_video
 from safetensors.torch import load_file
+from shared import ROOT, TEN_HZ, measure, shown, train, weights_of, write_video
 
 from data import Sample, TaskSampler
 from demo import make_demo

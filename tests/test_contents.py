@@ -9,8 +9,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import log_of, make_config, measure, reply, scripted, tiny_model, train, write_video
 from safetensors.torch import load_file, save_file
+from shared import log_of, make_config, measure, reply, scripted, tiny_model, train, write_video
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import evaluate

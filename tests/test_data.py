@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import write_video
+from shared import write_video
 
 import papers.rewards
 import rewards

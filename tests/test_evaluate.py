@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import measure, reply, scripted, write_lines, write_video
+from shared import measure, reply, scripted, write_lines, write_video
 
 import evaluate
 import rewards

@@ -6,9 +6,9 @@ import weakref
 
 import pytest
 import torch
-from conftest import tiny_model, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import tiny_model, token_ids
 from test_attention import library_logits, library_logps
 
 import grpo

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import QUERIES, banned_by, byte_tokenizer, log_of, make_prompt, tiny_model, token_ids, train, weights_of
 from safetensors.torch import load_file
+from shared import QUERIES, banned_by, byte_tokenizer, log_of, make_prompt, tiny_model, token_ids, train, weights_of
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration

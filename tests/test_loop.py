@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from safetensors.torch import load_file, save_file
+from shared import (
     banned_by,
     byte_tokenizer,
     demonstrated,
@@ -29,7 +30,6 @@ from conftest import (
     write_lines,
     write_video,
 )
-from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import data

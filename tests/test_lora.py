@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import log_of, parse, tiny_model, train, weights_of
 from safetensors.torch import load_file
+from shared import log_of, parse, tiny_model, train, weights_of
 from torch import nn
 
 import grpo

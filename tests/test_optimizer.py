@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_model
+from shared import byte_tokenizer, tiny_model
 
 from benchmarks.memory import Storages
 from engine import optimizer

@@ -4,10 +4,10 @@ import itertools
 from fractions import Fraction
 
 import torch
-from conftest import SPECIALS
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from shared import SPECIALS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import grpo

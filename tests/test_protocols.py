@@ -4,7 +4,7 @@ import json
 
 import pytest
 import tiny
-from conftest import reply
+from shared import reply
 
 from papers.protocols import (
     PROTOCOLS,

@@ -10,7 +10,7 @@ import sys
 import pytest
 import tiny
 import torch
-from conftest import ROOT, make_config, reply
+from shared import ROOT, make_config, reply
 
 import grpo
 import rewards

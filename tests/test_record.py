@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from conftest import log_of, train
+from shared import log_of, train
 
 from engine import record
 from engine.checkpoints import newest_checkpoint

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import log_of, tiny_model, train
+from shared import log_of, tiny_model, train
 
 from engine import roofline
 

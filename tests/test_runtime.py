@@ -17,7 +17,7 @@ import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import ROOT
+from shared import ROOT
 
 from engine import runtime
 from engine.progress import progress

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from shared import ROOT
 
 STAND_IN = r"""#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"

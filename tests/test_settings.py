@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from conftest import lines_of, log_of, measure, parse, reply, rollouts_of, scripted, train, write_lines, write_video
+from shared import lines_of, log_of, measure, parse, reply, rollouts_of, scripted, train, write_lines, write_video
 
 import data
 import evaluate

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import made_once
+from shared import made_once
 
 import evaluate
 import invert4tvg

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (
+from safetensors.torch import load_file
+from shared import (
     byte_tokenizer,
     lines_of,
     log_of,
@@ -32,7 +33,6 @@ from conftest import (
     write_lines,
     write_video,
 )
-from safetensors.torch import load_file
 
 import evaluate
 import grpo

@@ -8,9 +8,9 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import TEN_HZ, shown, write_video
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from shared import TEN_HZ, shown, write_video
 
 from engine import video
 from engine.annotations import Sample, prepare_training

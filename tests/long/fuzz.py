@@ -21,7 +21,7 @@ from pathlib import Path
 
 import tiny
 import torch
-from conftest import TEN_HZ, byte_tokenizer, reply, write_video
+from shared import TEN_HZ, byte_tokenizer, reply, write_video
 
 import evaluate
 import invert4tvg

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
-from conftest import ROOT, byte_tokenizer, make_config, tiny_model, write_lines
+from shared import ROOT, byte_tokenizer, make_config, tiny_model, write_lines
 
 import evaluate
 import invert4tvg
