@@ -145,7 +145,7 @@ def test_a_film_shows_the_middles_of_eight_stretches_of_a_video_or_of_its_excerp
                           (strips.Shot(video, (4.0, 8.0)), [4.25 + k / 2 for k in range(8)])):
         data = base64.b64decode(strips.film(shot).removeprefix("data:image/jpeg;base64,"))
         grey = np.asarray(Image.open(io.BytesIO(data)).convert("L"), dtype=float)
-        shown = [(grey[:, 28 * k + 10:28 * k + 18].mean() - 8) / 6 / 5 for k in range(8)]  # seconds, as shared.py paints
+        shown = [(grey[:, 28 * k + 10:28 * k + 18].mean() - 8) / 6 / 5 for k in range(8)]  # seconds, as painted
         assert grey.shape == (28, 8 * 28) and shown == pytest.approx(middles, abs=0.21)
     assert strips.film(strips.Shot(str(tmp_path / "gone.mp4"))) is None
 
