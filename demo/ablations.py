@@ -2,7 +2,8 @@
 
     python -m demo.ablations ablations 0 2 3    make the runs of these seeds in runs/demo-SEED/, and print their table
     python -m demo.ablations claim 10 11 12     p = 0.8 against p = 1 at several lengths, with KL and without
-    python -m demo.ablations few 0 2 3          the same for sixty annotations
+    python -m demo.ablations hacking 10 11 12   the reward of Eq. 7 on a model that lists verbs now and then
+    python -m demo.ablations few 0 2 3          p = 0.8 against p = 1 on sixty annotations
     python -m demo.ablations ablations          print the table of demo/ablations.csv, which was made before
 
 What is interrupted goes on when called again. Runs are taken two at a time, each run over all seeds before the next,
@@ -10,20 +11,17 @@ with their output in runs/demo-SEED/*.log.
 """
 
 import csv
-import json
 import os
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from demo.make_demo import RARE_VERBS
-from engine.predictions import read_predictions
+from demo.measured import LISTS, MEASURED, METRICS, RARE, collect, differences, interval, read_rows, spread
 
-METRICS = ("R1@0.3", "R1@0.5", "R1@0.7", "mIoU", "VC", "AR", "VD")
-RARE = ("mIoU, rare", "VC, rare", "AR, rare", "VD, rare")  # the queries whose verb is rare in the warm start
+COLUMNS = {"hacking": ("VD", "VD, rare", *LISTS)}  # of a sweep's tables; METRICS and RARE where it is not named
+COMPARED = {"hacking": ("VD", "VD lists")}  # what is compared with the base run; R1@0.7 and mIoU elsewhere
 
 # Each GRPO run and its options beyond demo/grpo.args, from the warm start unless FROM says otherwise.
 ARMS = {
@@ -55,6 +53,12 @@ RUNS = {
         "cosine": "--inversion-reward cosine",
         "invert-sft-grpo": "--p 0.8",
     },
+    # Begun on a model that was taught to list verbs in a third of its descriptions.
+    "hacking": {
+        "lists": "--p 0 --inversion-tasks vd --max-new-tokens 32",
+        "lists-cap": "--p 0 --inversion-tasks vd --max-new-tokens 32 --vd-verb-cap 2",
+        "lists-cosine": "--p 0 --inversion-tasks vd --max-new-tokens 32 --inversion-reward cosine",
+    },
     # So few annotations that grounding alone learns them by heart; the last has as many grounding iterations as the
     # first.
     "few": {
@@ -63,8 +67,9 @@ RUNS = {
         "few-tvg-only-280": "--train-vision --kl-coef 0 --p 1 --iterations 280",
     },
 }
-FROM = {"invert-sft-grpo": "invert-sft"}
-LENGTH = {"claim": "--iterations 1000", "ablations": "--iterations 1000", "few": "--iterations 350"}
+FROM = {"invert-sft-grpo": "invert-sft"} | dict.fromkeys(RUNS["hacking"], "lister")
+LENGTH = {"claim": "--iterations 1000", "ablations": "--iterations 1000", "hacking": "--iterations 300",
+          "few": "--iterations 350"}
 FEW_ROWS = slice(60, 120)  # the lines of train.txt that the runs of "few" see
 
 
@@ -125,6 +130,17 @@ TABLES = {
             Line("grpo-200", "with inversion, 200 iterations"),
             Line("tvg-only-2000", "TVG only, 2,000 iterations"),
             Line("grpo-2000", "with inversion, 2,000 iterations")],
+        "Figure 4: other videos, other format": [
+            Line("tvg-only-transfer", "TVG only", "bars"),
+            Line("grpo-transfer", "with inversion", "bars, higher")],
+    },
+    "hacking": {
+        "reward of descriptions": [
+            Line("warm", "warm start, supervised"),
+            Line("lister", "taught to list verbs, where GRPO begins"),
+            Line("lists", "binary, no cap"),
+            Line("lists-cap", "binary, cap of 2 verbs"),
+            Line("lists-cosine", "cosine, no cap")],
     },
     "few": START | {
         "sixty annotations": [
@@ -191,6 +207,11 @@ def commands(sweep, seed, name):
         yield train("invert-sft", "--model", f"{out}/warm", "--demonstrations", pairs, "--inversion-format", "answer",
                     "--iterations", "100", "--lr", "1e-4")
         yield evaluate("invert-sft", "invert-sft-test", "test.txt")
+    if name == "lists":
+        yield [sys.executable, "-m", "demo.verb_lists", out]
+        yield train("lister", "--model", f"{out}/warm", "--demonstrations", f"{out}/verb-lists.jsonl", "--lr", "1e-3",
+                    "--iterations", "60")
+        yield evaluate("lister", "lister-test", "test.txt")
     options = [*LENGTH[sweep].split(), *RUNS[sweep][name].split()]
     yield train(name, "@demo/grpo.args", "--model", f"{out}/{FROM.get(name, 'warm')}", "--annotations", rows, *options)
     yield evaluate(name, f"{name}-test", "test.txt")
@@ -201,54 +222,10 @@ def commands(sweep, seed, name):
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def collect(sweep, seeds):
-    """Metrics of a sweep's finished runs -> rows {seed, run, metric: percent}."""
-    known = {line.run for lines in TABLES[sweep].values() for line in lines}
-    rows = []
-    for seed in seeds:
-        for path in sorted(Path(f"runs/demo-{seed}").glob("*/metrics.json")):
-            run = path.parent.name.removesuffix("-test")
-            if run in known:
-                metrics = json.loads(path.read_text(encoding="utf-8")) | rare_metrics(read_predictions(path.parent))
-                found = {name: round(metrics[name], 2) for name in METRICS + RARE}
-                rows.append({"seed": seed, "run": run} | found)
-    return rows
-
-
-def rare_metrics(predictions):
-    """Predictions -> mIoU, VC, AR and VD, in percent, of the queries whose verb is rare in the warm start."""
-    rare = [p for p in predictions if p["query"].rstrip(".").split()[-1] in RARE_VERBS]
-    found = {}
-    for name, task, part in zip(RARE, ("tvg", "vc", "ar", "vd"), ("iou", "vc", "ar", "vd")):
-        found[name] = 100 * statistics.mean(p["parts"][part] for p in rare if p["task"] == task)
-    return found
-
-
-def spread(values):
-    """Mean and, of several, standard deviation in brackets."""
-    if not values:
-        return ""
-    deviation = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
-
-
-# The 97.5% quantile of Student's t, for 1, 2, ... degrees of freedom.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def interval(gains):
-    """Differences of pairs -> their mean and, of several, its 95% interval by Student's t."""
-    if not gains:
-        return ""
-    mean = statistics.mean(gains)
-    if len(gains) == 1:
-        return f"{mean:+.1f}"
-    half = T[len(gains) - 2] * statistics.stdev(gains) / len(gains) ** 0.5
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
-
-
 def base_of(run):
-    """The run of grounding alone that a run is compared with."""
+    """The run that a run is compared with: one of grounding alone, or the descriptions without a cap."""
+    if run == "lister" or run.startswith("lists"):
+        return "lists"
     if run.endswith("-transfer"):
         return "tvg-only-transfer"
     if run.startswith("few"):
@@ -260,30 +237,27 @@ def base_of(run):
 
 
 def gains(rows, run, metric="R1@0.7"):
-    """What `run` has over grounding alone, seed by seed: seeds differ more than runs do, so only pairs compare."""
-    base = base_of(run)
-    if run == base:
-        return []
-    of_run = {row["seed"]: float(row[metric]) for row in rows if row["run"] == run}
-    of_base = {row["seed"]: float(row[metric]) for row in rows if row["run"] == base}
-    return [of_run[seed] - of_base[seed] for seed in of_run if seed in of_base]
+    """What `run` has over its base, seed by seed: seeds differ more than runs do, so only pairs compare."""
+    return differences(rows, run, base_of(run), metric)
 
 
 def table(sweep, rows):
+    """The tables of a sweep, without the lines of runs that were not made."""
     seeds = sorted({int(row["seed"]) for row in rows})
-    columns = [name for name in METRICS + RARE if name in rows[0]]
-    compared = ("R1@0.7", "mIoU")
-    minus = " | ".join(f"{metric} minus TVG only, same seed" for metric in compared)
+    columns = [name for name in COLUMNS.get(sweep, METRICS + RARE) if name in rows[0]]
+    compared = COMPARED.get(sweep, ("R1@0.7", "mIoU"))
+    base = "no cap" if sweep == "hacking" else "TVG only"
+    minus = " | ".join(f"{metric} minus {base}, same seed" for metric in compared)
     lines = [f"Mean (standard deviation) over seeds {', '.join(map(str, seeds))}; percent. Differences: mean [95% "
              "interval by Student's t].", ""]
     for section, runs in TABLES[sweep].items():
+        made = [line for line in runs if any(row["run"] == line.run for row in rows)]
+        if not made:
+            continue
         lines.append(f"| {section} | {' | '.join(columns)} | {minus} | the paper's |")
         lines.append("|---" * (len(columns) + 4) + "|")
-        for run, label, paper in runs:
-            found = [row for row in rows if row["run"] == run]
-            if not found:
-                continue  # not made yet
-            cells = [spread([float(row[name]) for row in found]) for name in columns]
+        for run, label, paper in made:
+            cells = [spread([float(row[name]) for row in rows if row["run"] == run]) for name in columns]
             cells += [interval(gains(rows, run, metric)) for metric in compared]
             lines.append(f"| {label} | {' | '.join(cells)} | {paper} |")
         lines.append("")
@@ -301,11 +275,10 @@ def main(sweep, seeds):
         make_runs(sweep, seeds)
         path = Path(f"runs/{sweep}.csv")
         with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ("seed", "run", *METRICS, *RARE))
+            writer = csv.DictWriter(file, ("seed", "run", *MEASURED))
             writer.writeheader()
-            writer.writerows(collect(sweep, seeds))
-    with open(path, encoding="utf-8", newline="") as file:
-        print(table(sweep, list(csv.DictReader(file))))
+            writer.writerows(collect({line.run for lines in TABLES[sweep].values() for line in lines}, seeds))
+    print(table(sweep, read_rows(path)))
 
 
 if __name__ == "__main__":

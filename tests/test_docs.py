@@ -1,16 +1,15 @@
 """What README and docs/ state and a machine can check, the demo's tables, and which room may import which."""
 
 import ast
-import csv
 import importlib
 import json
 import re
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from shared import ROOT
 
-from demo import ablations, curves, table
+from demo import ablations, claims, curves, measured, table
 
 README = (ROOT / "README.md").read_text()
 DOCS = {path.relative_to(ROOT).as_posix(): path.read_text()
@@ -95,19 +94,26 @@ def test_every_option_that_a_page_names_exists(name):
         assert f'"{option}"' in source or re.search(rf"^    {field}: \w+ = flag", source, re.MULTILINE), option
 
 
-@pytest.mark.parametrize("sweep", ablations.RUNS)
+@pytest.mark.parametrize("sweep", [name for name in ablations.RUNS if (ROOT / "demo" / f"{name}.csv").exists()])
 def test_the_tables_of_many_runs_are_those_of_the_data(sweep):
-    with open(ROOT / "demo" / f"{sweep}.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = measured.read_rows(ROOT / "demo" / f"{sweep}.csv")
     for line in ablations.table(sweep, rows).splitlines():
         if line.startswith("|"):
             assert line in DOCS["docs/results.md"]
 
 
+def test_what_the_page_says_of_the_papers_claims_is_what_the_data_say():
+    for line in claims.table(claims.read_measured("claim", "ablations")).splitlines():
+        assert line in DOCS["docs/results.md"]
+
+
 def test_every_run_of_a_table_is_made_or_derived():
+    derived = {"warm", "invert-sft", "lister", "grpo-transfer", "tvg-only-transfer"}
     for sweep, tables in ablations.TABLES.items():
-        made = {"warm", "invert-sft", *ablations.RUNS[sweep], "grpo-transfer", "tvg-only-transfer"}
+        made = derived | set(ablations.RUNS[sweep])
         assert {line.run for lines in tables.values() for line in lines} <= made
+    made = derived | set(ablations.RUNS["claim"]) | set(ablations.RUNS["ablations"])
+    assert {run for pairs in claims.CLAIMS.values() for pair in pairs for run in (pair.a, pair.b)} <= made
 
 
 # ------------------------------------------------------------------------------------------------ tables by hand
@@ -115,7 +121,7 @@ def test_every_run_of_a_table_is_made_or_derived():
 
 def test_ablations_by_hand():
     def row(seed, run, metric):
-        return {"seed": seed, "run": run} | dict.fromkeys(ablations.METRICS, metric)
+        return {"seed": seed, "run": run} | dict.fromkeys(measured.METRICS, metric)
 
     rows = [row(0, "tvg-only", 30), row(1, "tvg-only", 40), row(2, "tvg-only", 50),
             row(0, "vd", 31), row(1, "vd", 44)]  # seed 2 is not there yet
@@ -137,8 +143,55 @@ def test_rare_verbs_are_measured_apart():
     rows = [row("tvg", "falling", 0.5), row("tvg", "rising", 1.0), row("vc", "sliding", 1.0),
             row("vc", "falling", 0.0), row("ar", "spinning", 1.0), row("ar", "rising", 0.0),
             row("vd", "shrinking", 0.0), row("vd", "jumping", 1.0)]
-    found = ablations.rare_metrics(rows)
+    found = measured.rare_metrics(rows)
     assert found == {"mIoU, rare": 50.0, "VC, rare": 50.0, "AR, rare": 100.0, "VD, rare": 0.0}
+
+
+def test_lists_of_verbs_are_counted():
+    rows = [{"task": "vd", "parts": {"vd_verbs": n}} for n in (1, 1, 2, 4)] + [{"task": "tvg", "parts": {}}]
+    assert measured.list_metrics(rows) == {"VD lists": 50.0, "VD verbs": 2.0}
+
+
+def test_verbs_of_each_fifth_of_training(tmp_path):
+    verbs = {0: 1, 1: 3, 2: 2, 4: 4, 9: 5}  # iterations of ten that sampled descriptions; none in the fourth fifth
+    rows = [{"iteration": i, "task": "vd", "vd/vd_verbs": verbs[i]} if i in verbs else {"iteration": i, "task": "tvg"}
+            for i in range(10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = measured.training_metrics(tmp_path / "metrics.jsonl")
+    first, second, third, _, fifth = measured.TRAINING
+    assert found == {first: 2, second: 2, third: 4, fifth: 5}  # (1 + 3) / 2, 2, 4 and 5
+    assert measured.training_metrics(tmp_path / "missing.jsonl") == {}
+
+
+@pytest.mark.parametrize("intervals, sign, said", [
+    ([(1, 3)], 1, "reproduced"),
+    ([(-1, 3)], 1, "not reproduced"),
+    ([(-3, -1)], 1, "contradicted"),
+    ([(-3, -1)], -1, "reproduced"),
+    ([(-1, 3), (1, 3)], 1, "reproduced"),  # one of R1@0.7 and mIoU is enough, as the plan says
+    ([(-3, -1), (1, 3)], 1, "undecided"),
+    ([(-1, 1)], 0, "no difference seen"),
+    ([(-1, 1), (1, 2)], 0, "contradicted"),
+])
+def test_what_intervals_say_of_a_claim(intervals, sign, said):
+    assert claims.verdict(intervals, sign) == said
+
+
+def test_a_claim_by_hand():
+    def rows(run, *values):
+        return [{"seed": seed, "run": run} | dict.fromkeys(("R1@0.7", "mIoU", "actions"), value)
+                for seed, value in enumerate(values)]
+
+    made = rows("grpo", 31, 44) + rows("tvg-only", 30, 40)
+    # 1 and 4, as in the table above: 2.5 -+ 19.06
+    assert claims.table(made).splitlines()[2] == (
+        "| as many iterations, 1,000 | R1@0.7 +7.1 | R1@0.7 +2.5 [-16.6, +21.6], mIoU +2.5 [-16.6, +21.6] | "
+        "not reproduced |")
+    axes = claims.Figure().subplots()
+    claims.forest(axes, made, ("R1@0.7",))
+    interval, mean, paper = (list(line.get_xdata()) for line in axes.lines[:3])
+    assert interval == pytest.approx([2.5 - 19.06, 2.5 + 19.06], abs=0.01)
+    assert mean == [2.5] and paper == [7.1]
 
 
 def test_the_demos_table_by_hand(tmp_path, capsys):
