@@ -9,7 +9,7 @@ frames into what Qwen2.5-VL takes.
 import functools
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -137,11 +137,6 @@ def load_training(settings) -> tuple[list[Sample], None, None]:
         samples = timed
     if not samples:
         raise UserError(f"{settings.annotations}: no row is left to train on.")
-    if settings.inversion_annotations:
-        more = load_samples(settings, settings.inversion_annotations, option="--inversion-annotations")
-        more, _, _ = prepare_training([replace(sample, grounds=False) for sample in more])
-        say(f"{settings.inversion_annotations}: {len(more)} samples more for inversions alone")
-        samples = samples + more
     if getattr(settings, "p", 0) < 1:  # else all queries train grounding alone
         say(f"{settings.annotations}: {count_coverage(sample.query for sample in samples)}")
     return samples, None, None
@@ -232,7 +227,7 @@ class TaskSampler:
         rng = np.random.default_rng([self.seed, TASK, iteration])
         if rng.random() < self.p:  # Eq. 13; random() < 1, so p = 1 is grounding alone
             return "tvg"
-        inversions = tuple(task for task in self.suits if task != "tvg")
+        inversions = tuple(self.suits)
         return inversions[rng.integers(len(inversions))]
 
     def index(self, iteration: int, slot: int, attempt: int = 0) -> int:
@@ -241,10 +236,10 @@ class TaskSampler:
         if attempt == 0:  # the epoch's order
             epoch, place = divmod(iteration * self.prompts + slot, self.count)
             index = int(_permutation(self.seed, epoch, self.count)[place])
-            if task not in self.suits or self.suits[task][index]:
+            if task == "tvg" or self.suits[task][index]:
                 return index
         rng = np.random.default_rng([self.seed, REDRAW, iteration, slot, attempt])  # a random one that suits
-        if task not in self.suits:
+        if task == "tvg":
             return int(rng.integers(self.count))
         return int(rng.choice(self.suited[task]))
 
@@ -268,8 +263,6 @@ def make_sampler(config, samples: list[Sample], prompts: int, rank: int, world_s
     p = 1.0 if config.demonstrations else config.p  # demonstrations have tasks of their own; only the order is drawn
     queries = [sample.query for sample in samples]
     suits = {task: rewards.suitable(task, queries) for task in config.inversion_tasks} if p < 1 else {}
-    if not all(sample.grounds for sample in samples):
-        suits["tvg"] = [sample.grounds for sample in samples]
     try:
         return TaskSampler(len(samples), suits, prompts, p, config.seed, iterations, rank, world_size)
     except ValueError as error:

@@ -58,10 +58,6 @@ class Config(MemorySettings, Saving, data.Settings):
                     unless="demonstrations")
     inversion_tasks: tuple = flag(tuple(rewards.INVERSIONS), "inversion tasks, drawn uniformly; Table 2 ablates them",
                                   choices=tuple(rewards.INVERSIONS), unless="demonstrations")
-    inversion_annotations: str = flag("", "more rows, for inversions alone", unless="demonstrations")
-    invert_predicted: float = flag(0.0, "weight of a further reward in grounding: whether the policy, shown the "
-                                   "segment that it answers alone, names the query's verb", least=0,
-                                   unless="demonstrations")
     inversion_reward: str = flag("binary", "verb match or similarity; Table 3", choices=tuple(rewards.SIMILARITIES),
                                  unless="demonstrations")
     vd_verb_cap: int = flag(0, "a VD answer with more distinct verbs scores 0; 0: no cap (Eq. 7 has none)", least=0,
@@ -176,10 +172,6 @@ def grpo_iteration(run: Run, iteration: int, items: list[Item], lr: float) -> di
     texts = completion_texts(run.processor.tokenizer, rollout)  # prompt by prompt, G of each
     settings = config.reward_settings()
     scores = [rewards.score(task, text, samples[n // G], **settings) for n, text in enumerate(texts)]  # lines 8, 13
-    if task == "tvg" and config.invert_predicted:
-        for parts, named in zip(scores, name_predicted(run, samples, items, texts)):
-            parts["named"] = named
-            parts["total"] += config.invert_predicted * named
     totals = torch.tensor([s["total"] for s in scores], device=run.model.device).view(-1, G)  # (prompts, G)
     advantages = grpo.group_advantages(totals).flatten()  # Eq. 3
 
@@ -191,33 +183,6 @@ def grpo_iteration(run: Run, iteration: int, items: list[Item], lr: float) -> di
     metrics["cut_off"] = (~rollout.ended).float().mean().item()
     metrics["rollout_seconds"] = time.perf_counter() - began
     return metrics | update(run, batches, lr)  # lines 9, 14-16, Eq. 3 and 4
-
-
-def name_predicted(run, samples, items, texts):
-    """For each grounding answer: 1 if the policy, shown its segment alone, names a verb of the query, else 0."""
-    G = len(texts) // len(samples)
-    asked = {}
-    for n, text in enumerate(texts):
-        span = rewards.parse_span(text)
-        clip = items[n // G].clip
-        seen = [] if span is None else [k for k, t in enumerate(clip.times) if span[0] - 0.01 <= t <= span[1] + 0.01]
-        if len(seen) > 1:
-            asked.setdefault((n // G, seen[0], len(seen) // 2 * 2), []).append(n)
-    found = [0.0] * len(texts)
-    if not asked:
-        return found
-    prompts = []
-    for index, first, count in asked:
-        clip = items[index].clip
-        part = clip._replace(frames=clip.frames[first:first + count], times=clip.times[first:first + count])
-        prompts.append(data.build_prompt(run.model, run.processor, samples[index], "ar", part, run.config))
-    rollout = grpo.sample_group(run.model, prompts, 1, run.config.max_new_tokens, run.processor.eos,
-                                run.processor.banned, temperature=0.0)
-    for key, answer in zip(asked, completion_texts(run.processor.tokenizer, rollout)):
-        named = rewards.score("ar", answer, samples[key[0]], **run.config.scoring())["ar"]
-        for n in asked[key]:
-            found[n] = named
-    return found
 
 
 def supervised_iteration(run: Run, iteration: int, items: list[Item], lr: float) -> dict[str, float]:

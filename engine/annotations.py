@@ -54,7 +54,6 @@ class Sample:
     folder: str = field(default="", compare=False)
     excerpt: tuple[float, float] | None = None
     alternatives: tuple[tuple[float, float], ...] = ()
-    grounds: bool = True  # False: a sample for inversions alone
 
     def video_name(self):
         """The video as an annotation names it: its path inside the video folder."""
