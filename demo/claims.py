@@ -120,6 +120,7 @@ def line(rows, pair):
 # ------------------------------------------------------------------------------------------------ the picture
 
 COLOURS = {"R1@0.7": "#2a6f97", "mIoU": "#2e8b57", "actions": "#b5651d"}
+SHADES = (*COLOURS.values(), "#8a4f7d")
 
 
 def forest(axes, rows, metrics):
@@ -159,11 +160,18 @@ def columns(rows, run, names):
 
 
 def curves(axes, x, series, title):
-    """Mean and standard deviation over seeds of each {label: (seeds, points)}."""
-    for (label, values), colour in zip(series.items(), ("#2a6f97", "#2e8b57", "#b5651d", "#8a4f7d")):
+    """Mean and standard deviation over seeds of each {label: (seeds, points)}, at the places x, {name: place}.
+
+    The series stand a little apart, so that no bar hides another.
+    """
+    places = list(x.values())
+    apart = (places[-1] - places[0]) / 60
+    for k, (label, values) in enumerate(series.items()):
         if len(values):
-            axes.errorbar(x, values.mean(0), values.std(0, ddof=1), color=colour, marker="o", markersize=4, capsize=2,
-                          linewidth=1.4, label=label)
+            moved = [place + k * apart for place in places]
+            axes.errorbar(moved, values.mean(0), values.std(0, ddof=1), color=SHADES[k], marker="o", markersize=4,
+                          capsize=2, linewidth=1.4, label=label)
+    axes.set_xticks(places, x)
     axes.set_title(title, fontsize=9, loc="left")
     axes.grid(True, axis="y", linewidth=0.4)
     axes.tick_params(labelsize=8)
@@ -185,14 +193,15 @@ def draw(rows, hacking, path):
     share = {x: run for x, run in share.items() if any(row["run"] == run for row in rows)}
     figure_1 = {"warm start": "warm", "p = 1": "tvg-only", "p = 1, no KL": "tvg-only-no-kl", "p = 0.8": "grpo"}
     lists = {"binary": "lists", "binary, cap of 2": "lists-cap", "cosine": "lists-cosine"}
-    panels = [("Figure 1: accuracy in naming the action, percent", ACTIONS,
+    panels = [("Figure 1: accuracy in naming the action, percent", {"VC": 0, "AR": 1, "VD": 2},
                {label: columns(rows, run, ACTIONS) for label, run in figure_1.items()})]
     if len(share) > 2:
-        panels.append(("Figure 5: grounding against the share of inversions, percent", list(share),
+        panels.append(("Figure 5: grounding against the share of inversions, percent", {str(x): x for x in share},
                        {metric: np.stack([columns(rows, run, [metric])[:, 0] for run in share.values()], 1)
                         for metric in ("R1@0.3", "R1@0.5", "R1@0.7")}))
     if hacking:
-        panels.append(("Reward hacking: verbs in a sampled description, by fifths of training", range(1, 6),
+        fifths = {str(k): k for k in range(1, 6)}
+        panels.append(("Reward hacking: verbs in a sampled description, by fifths of training", fifths,
                        {label: columns(hacking, run, TRAINING) for label, run in lists.items()}))
     for axes, (title, x, series) in zip(right.subplots(len(panels), 1, squeeze=False).flat, panels):
         curves(axes, x, series, title)

@@ -194,6 +194,22 @@ def test_a_claim_by_hand():
     assert mean == [2.5] and paper == [7.1]
 
 
+def test_the_picture_holds_each_claim_and_the_figures_that_were_measured(tmp_path):
+    runs = {run for pairs in claims.CLAIMS.values() for pair in pairs for run in (pair.a, pair.b)}
+    names = (*measured.METRICS, *measured.TRAINING, "actions")
+    rows = [{"seed": seed, "run": run} | dict.fromkeys(names, str(50 + seed)) for seed in (0, 1) for run in runs]
+    hacking = [row | {"run": run} for row in rows[:2] for run in ablations.RUNS["hacking"]]
+
+    def titles(rows, hacking):
+        claims.draw(rows, hacking, tmp_path / "a.svg")
+        text = (tmp_path / "a.svg").read_text(encoding="utf-8")
+        return [title for title in (*claims.CLAIMS, "Figure 5: grounding", "Reward hacking") if f">{title}" in text]
+
+    assert titles(rows, hacking) == [*claims.CLAIMS, "Figure 5: grounding", "Reward hacking"]
+    first = [row for row in rows if row["run"] in ("grpo", "tvg-only", "warm")]
+    assert titles(first, []) == list(claims.CLAIMS)[:3]
+
+
 def test_the_demos_table_by_hand(tmp_path, capsys):
     for split in ("train", "test"):  # the best constant guess is 2.0 to 4.0 s, IoU 1, and "rise"
         (tmp_path / f"{split}.txt").write_text("A 2.0 4.0##the red square rises.\n" * 3)
