@@ -70,8 +70,6 @@ def read_rows(path):
 
 def spread(values):
     """Mean and, of several, standard deviation in brackets."""
-    if not values:
-        return ""
     deviation = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{deviation}"
 
