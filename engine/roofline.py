@@ -5,6 +5,7 @@ and the completions' own, as far as they are written. All other phases are bound
 without its masked half.
 """
 
+import functools
 import statistics
 import time
 
@@ -75,14 +76,16 @@ def seconds(run, device, repeats):
     return statistics.median(taken[1:])
 
 
+@functools.cache
 def bandwidth(device, repeats=3):
-    """-> bytes a second of reading memory: the sum of a buffer that no cache holds."""
+    """-> bytes a second of reading memory: the sum of a buffer that no cache holds. Measured once a process."""
     buffer = torch.ones(2**28 if device.type == "cuda" else 2**24, device=device)
     return buffer.nbytes / seconds(lambda: buffer.sum(), device, repeats)
 
 
+@functools.cache
 def matmul_rate(device, dtype, repeats=3):
-    """-> operations a second of a square matrix product, two for every multiplication."""
+    """-> operations a second of a square matrix product, two for every multiplication. Measured once a process."""
     n = 8192 if device.type == "cuda" else 512
     # Not constant, which draws less power and runs faster; not random, which would shift a run's own draws.
     a = torch.linspace(-1, 1, n * n, device=device).view(n, n).to(dtype)

@@ -7,9 +7,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_xdist_auto_num_workers(config):
-    """All tests are spread over the cores; for single files or tests no other process needs to start."""
+    """All tests are spread over the cores; for single files or tests no other process needs to start.
+
+    One process more than there are cores: many tests wait for what they have started.
+    """
     everything = all(Path(name).resolve() in (ROOT, ROOT / "tests") for name in config.args)
-    return min(4, os.cpu_count()) if everything else 0
+    return min(4, os.cpu_count() + 1) if everything else 0
 
 
 def pytest_configure(config):
