@@ -172,10 +172,10 @@ def curves(axes, x, series, title):
             axes.errorbar(moved, values.mean(0), values.std(0, ddof=1), color=SHADES[k], marker="o", markersize=4,
                           capsize=2, linewidth=1.4, label=label)
     axes.set_xticks(places, x)
-    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_title(title, fontsize=9, loc="left", pad=20)
     axes.grid(True, axis="y", linewidth=0.4)
     axes.tick_params(labelsize=8)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 0.98), ncols=len(series))
 
 
 def draw(rows, hacking, path):
