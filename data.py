@@ -54,8 +54,8 @@ class Settings:
                         "counts; or each query with a single one", choices=WINDOWS)
     allow_missing_videos: bool = flag(False, "go on when video files are missing", free=True)
     fps: float = flag(2.0, "frames sampled a second; Section 3.1", above=0)
-    max_pixels: int = flag(MAX_PIXELS, "visual tokens x 784: a token covers 28 x 28 pixels of two frames, of which one "
-                           "is counted; 3,584 tokens; released code (Appendix C: about 2.8 million)", above=0)
+    max_pixels: int = flag(MAX_PIXELS, "a video's visual tokens x 784: 3,584 tokens, each of 28 x 28 pixels of two "
+                           "frames; released code (Appendix C: about 2.8 million)", above=0)
     min_frame_pixels: int = flag(MIN_FRAME_PIXELS, "least pixels of a frame; wins over --max-pixels; released code",
                                  above=0)
     max_frame_pixels: int = flag(MAX_FRAME_PIXELS, "most pixels of a frame; released code", above=0)

@@ -52,7 +52,7 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advant
     `ref_logps` None leaves the KL penalty out. `reduction` "completion" is the mean over each completion's tokens, then
     over completions; "token" is the mean over all tokens, as in the released code.
 
-    Paper: Eq. 3 has one ratio per sequence and no clipping. This is the usual ratio per token, clipped as in PPO.
+    Paper: Eq. 3 has one ratio per sequence, its clipping left out. Here each token has one, clipped as in PPO.
     """
     mask = mask.to(logps.dtype)
     advantages = advantages.unsqueeze(1)  # (N, 1): every token of a completion has its completion's advantage

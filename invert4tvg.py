@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node 8 invert4tvg.py --annotations FILE --videos FOLDER --output FOLDER
 
-Each iteration is one optimiser step on one task, drawn for all ranks together: with probability p grounding (TVG:
-video and query -> start and end, reward IoU + format), else an inversion (the ground-truth clip -> the query's verbs,
-reward verb match + format): Verb Completion, Action Recognition or Video Description. In short, Algorithm 1 is
+Each iteration trains one task, drawn for all ranks together: with probability p grounding (TVG: video and query ->
+start and end, reward IoU + format), else an inversion (the ground-truth clip -> the query's verbs, reward verb match +
+format): Verb Completion, Action Recognition or Video Description. In short, Algorithm 1 is
 
     lines 6-11      draw the task: grounding with probability p, else one of the inversions    Eq. 13
     line 12         sample a group of G completions for each prompt
@@ -84,7 +84,7 @@ class Config(MemorySettings, Saving, data.Settings):
     weight_decay: float = flag(0.0, "AdamW's; Section 3.1", least=0)
     max_grad_norm: float = flag(1.0, "gradient clipping; released code", above=0)
     epochs: float = flag(2.0, "passes over the samples; Appendix C", above=0)
-    iterations: int = flag(0, "optimiser steps instead of --epochs; 0: by epochs", least=0)
+    iterations: int = flag(0, "instead of --epochs; each has --mu optimiser steps; 0: by epochs", least=0)
     accumulation: int = flag(1, "micro-batches of an iteration on each rank. Prompts of an iteration: --micro-batch "
                              "x this x processes (the paper's batch of 4 is ambiguous)", above=0, free=True)
     train_vision: bool = flag(False, "train the vision tower and merger too; released code")

@@ -10,9 +10,10 @@ from engine.predictions import read_predictions
 
 METRICS = ("R1@0.3", "R1@0.5", "R1@0.7", "mIoU", "VC", "AR", "VD")
 RARE = ("mIoU, rare", "VC, rare", "AR, rare", "VD, rare")  # the queries whose verb is rare in the warm start
+NAMED = "verb named"  # percent of VC, AR and VD completions that name the query's verb, in the thought or the answer
 LISTS = ("VD lists", "VD verbs")  # percent of the descriptions that name several verbs, and verbs of a description
 TRAINING = tuple(f"verbs in fifth {k} of training" for k in range(1, 6))  # of the descriptions that it sampled
-MEASURED = METRICS + RARE + LISTS + TRAINING
+MEASURED = METRICS + RARE + (NAMED,) + LISTS + TRAINING
 
 
 def collect(runs, seeds):
@@ -24,7 +25,7 @@ def collect(runs, seeds):
             if run in runs:
                 predictions = read_predictions(path.parent)
                 metrics = json.loads(path.read_text(encoding="utf-8"))
-                metrics |= rare_metrics(predictions) | list_metrics(predictions)
+                metrics |= rare_metrics(predictions) | list_metrics(predictions) | {NAMED: named(predictions)}
                 metrics |= training_metrics(Path(f"runs/demo-{seed}/{run}/metrics.jsonl"))
                 found = {name: round(metrics[name], 2) for name in MEASURED if name in metrics}
                 rows.append({"seed": seed, "run": run} | found)
@@ -33,11 +34,24 @@ def collect(runs, seeds):
 
 def rare_metrics(predictions):
     """Predictions -> mIoU, VC, AR and VD, in percent, of the queries whose verb is rare in the warm start."""
-    rare = [p for p in predictions if p["query"].rstrip(".").split()[-1] in RARE_VERBS]
+    rare = [p for p in predictions if verb_of(p) in RARE_VERBS]
     found = {}
     for name, task, part in zip(RARE, ("tvg", "vc", "ar", "vd"), ("iou", "vc", "ar", "vd")):
         found[name] = 100 * statistics.mean(p["parts"][part] for p in rare if p["task"] == task)
     return found
+
+
+def verb_of(prediction):
+    """The verb of a toy query, its last word, as the toy's thoughts and answers write it."""
+    return prediction["query"].rstrip(".").split()[-1]
+
+
+def named(predictions):
+    """Predictions -> percent of the VC, AR and VD completions in which the query's verb stands, wherever it does.
+
+    VC, AR and VD count the answer alone. Where they fall and this does not, the verb is still known but not answered.
+    """
+    return 100 * statistics.mean(verb_of(p) in p["completion"].split() for p in predictions if p["task"] != "tvg")
 
 
 def list_metrics(predictions):

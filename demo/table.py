@@ -18,7 +18,7 @@ ROWS = {
     "warm": "warm start (supervised, short on purpose)",
     "grpo": "+ GRPO with inversion, p = 0.8",
     "tvg-only": "+ GRPO, grounding only, p = 1",
-    "supervised": "warm start + as many minutes of supervised training",
+    "supervised": "warm start + about as many minutes of supervised training",
 }
 COLUMNS = ("mIoU", "R1@0.3", "R1@0.5", "R1@0.7", "VC", "AR", "VD")
 PAPERS_COLUMNS = (*COLUMNS[:4], "format", "2-4 anchors", "anchor gain")

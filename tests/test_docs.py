@@ -147,6 +147,15 @@ def test_rare_verbs_are_measured_apart():
     assert found == {"mIoU, rare": 50.0, "VC, rare": 50.0, "AR, rare": 100.0, "VD, rare": 0.0}
 
 
+def test_a_verb_counts_as_named_in_the_thought_too():
+    completions = {"vd": "<think> the box is rising </think> <answer> 3.0 to 6.5 </answer>",
+                   "ar": "<think> the box is sliding </think> <answer> rising </answer>",
+                   "vc": "<think> the box is arising </think> <answer> rise </answer>",  # only in this form, as a word
+                   "tvg": "<think> the box is falling </think> <answer> 1.0 to 2.0 </answer>"}  # takes no part
+    rows = [{"task": task, "query": "the box is rising.", "completion": text} for task, text in completions.items()]
+    assert measured.named(rows) == pytest.approx(100 * 2 / 3)
+
+
 def test_lists_of_verbs_are_counted():
     rows = [{"task": "vd", "parts": {"vd_verbs": n}} for n in (1, 1, 2, 4)] + [{"task": "tvg", "parts": {}}]
     assert measured.list_metrics(rows) == {"VD lists": 50.0, "VD verbs": 2.0}
@@ -179,7 +188,7 @@ def test_what_intervals_say_of_a_claim(intervals, sign, said):
 
 def test_a_claim_by_hand():
     def rows(run, *values):
-        return [{"seed": seed, "run": run} | dict.fromkeys(("R1@0.7", "mIoU", "actions"), value)
+        return [{"seed": seed, "run": run} | dict.fromkeys(("R1@0.7", "mIoU", "actions", measured.NAMED), value)
                 for seed, value in enumerate(values)]
 
     made = rows("grpo", 31, 44) + rows("tvg-only", 30, 40)
@@ -196,7 +205,7 @@ def test_a_claim_by_hand():
 
 def test_the_picture_holds_each_claim_and_the_figures_that_were_measured(tmp_path):
     runs = {run for pairs in claims.CLAIMS.values() for pair in pairs for run in (pair.a, pair.b)}
-    names = (*measured.METRICS, *measured.TRAINING, "actions")
+    names = (*measured.METRICS, *measured.TRAINING, measured.NAMED, "actions")
     rows = [{"seed": seed, "run": run} | dict.fromkeys(names, str(50 + seed)) for seed in (0, 1) for run in runs]
     hacking = [row | {"run": run} for row in rows[:2] for run in ablations.RUNS["hacking"]]
 
