@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from demo.measured import LISTS, MEASURED, METRICS, RARE, collect, differences, interval, read_rows, spread
+from demo.measured import LISTS, MEASURED, METRICS, RARE, T, collect, differences, interval, read_rows, spread
 
 COLUMNS = {"hacking": ("VD", "VD, rare", *LISTS)}  # of a sweep's tables; METRICS and RARE where it is not named
 COMPARED = {"hacking": ("VD", "VD lists")}  # what is compared with the base run; R1@0.7 and mIoU elsewhere
@@ -268,6 +268,8 @@ def main(sweep, seeds):
     if sweep not in RUNS or not all(seed.isdigit() for seed in seeds):
         given = " ".join([sweep, *seeds])
         sys.exit(f"demo.ablations: {given}: give {', '.join(RUNS)}, then seeds, such as 0 2 3.")
+    if len(set(seeds)) > len(T) + 1:
+        sys.exit(f"demo.ablations: {len(set(seeds))} seeds; give at most {len(T) + 1}, as far as its quantiles go.")
     path = Path(f"demo/{sweep}.csv")
     if not seeds and not path.exists():
         sys.exit(f"demo.ablations: {path} is not there: {sweep} was not measured yet; give seeds to make its runs.")

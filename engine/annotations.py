@@ -142,8 +142,9 @@ def load_demonstrations(path, video_dir, tasks):
             raise ValueError(f"{path}, {where}: not a readable demonstration ({reason_of(error, line)}).") from error
     if not demonstrations:
         raise ValueError(f"{path}: holds no demonstration.")
-    _refuse_frames(path, [d.sample for d in demonstrations])
-    return demonstrations
+    samples = [d.sample for d in demonstrations]
+    _refuse_frames(path, samples)
+    return [replace(d, sample=sample) for d, sample in zip(demonstrations, settle_excerpts(samples))]
 
 
 def without_end_token(completion):
@@ -156,10 +157,13 @@ def without_end_token(completion):
 
 
 def demonstration_row(sample, task, completion):
-    """-> one line, a dictionary, of a file that `load_demonstrations` reads."""
+    """-> one line, a dictionary, of a file that `load_demonstrations` reads.
+
+    Further segments that answer the query go into "alternatives", which only who scores a completion again needs.
+    """
     row = {"video": sample.video_name(), "query": sample.query, "start": sample.start, "end": sample.end,
            "task": task, "completion": completion}
-    return row | excerpt_fields(sample)
+    return row | excerpt_fields(sample) | ({"alternatives": sample.alternatives} if sample.alternatives else {})
 
 
 def excerpt_fields(sample):

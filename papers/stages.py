@@ -62,9 +62,11 @@ def select_anchors(rollouts, min_anchors=2, min_iou=0.5):
         form = rewards.format_reward("tvg", r["completion"], rewards.Scoring(GROUNDINGS["anchors"]))
         return form == 1 and None not in anchors(r) and len(anchors(r)) <= ANCHORS_WANTED[-1]
 
-    def ious(r):  # of the anchors, then of the answer
+    def ious(r):  # of the anchors, then of the answer; of several segments the one counts that the answer hits best
         spans = [*anchors(r), rewards.parse_span(r["completion"])]
-        return [rewards.temporal_iou(span, (r["start"], r["end"])) for span in spans]
+        segments = [(r["start"], r["end"]), *r.get("alternatives", ())]
+        found = [[rewards.temporal_iou(span, segment) for span in spans] for segment in segments]
+        return max(found, key=lambda one: one[-1])
 
     rule("well-formed", is_well_formed)
     rule(f"at least {min_anchors} anchors", lambda r: len(anchors(r)) >= min_anchors)

@@ -61,18 +61,24 @@ def write_page(args) -> tuple[Path, bool]:
 
 
 def has_begun(folder) -> bool:
-    """Whether a run has finished an iteration; before the first there may be a log with a measurement alone."""
-    from report.runs import read_jsonl
+    """Whether a run has finished an iteration; before the first there may be a log with a measurement alone.
 
-    return any(row["task"] != "eval" for row in read_jsonl(Path(folder) / "metrics.jsonl"))
+    An evaluation has begun with its first prediction.
+    """
+    from report.runs import is_evaluation, read_jsonl
+
+    return is_evaluation(folder) or any(row["task"] != "eval" for row in read_jsonl(Path(folder) / "metrics.jsonl"))
 
 
 def write_pages(args):
     """One page, or with --watch one a minute until the run ends."""
     running = True
     opened = False
-    while args.watch and not all(map(has_begun, (args.run, *args.against))):
-        time.sleep(1)
+    for folder in (args.run, *args.against) if args.watch else ():
+        if not has_begun(folder):
+            print(f"waiting for the first iteration in {folder}", flush=True)
+        while not has_begun(folder):
+            time.sleep(1)
     while running:
         page, running = write_page(args)
         if args.open and not opened:

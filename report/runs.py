@@ -182,7 +182,7 @@ def choose_groups(groups, most=72) -> list[Group]:
 
 def evaluations_of(run):
     """The evaluations in a run's folder, one for each measured iteration, and those beside it of its newest weights."""
-    if any(run.folder.glob("predictions*.jsonl")):
+    if is_evaluation(run.folder):
         yield Evaluation(run.name, read_predictions(run.folder), read_json(run.folder / "settings.json"))
     for folder in sorted(run.folder.glob("eval-*")):
         iteration = iteration_of(folder)
@@ -190,11 +190,18 @@ def evaluations_of(run):
         if predictions:
             yield Evaluation(f"{run.name}, iteration {iteration}", predictions, {})
     newest = newest_checkpoint(run.folder)
-    weights = newest and fingerprint(newest)
-    for record in sorted(run.folder.resolve().parent.glob("*/settings.json")):
-        settings = read_json(record)
-        if weights and settings.get("model") == weights:
-            yield Evaluation(record.parent.name, read_predictions(record.parent), settings)
+    if not newest:
+        return
+    weights = fingerprint(newest)
+    for folder in sorted(run.folder.resolve().parent.iterdir()):
+        settings = read_json(folder / "settings.json") if is_evaluation(folder) else {}
+        if settings.get("model") == weights:
+            yield Evaluation(folder.name, read_predictions(folder), settings)
+
+
+def is_evaluation(folder) -> bool:
+    """Whether a folder is one that evaluate.py writes: others may hold a settings.json, too."""
+    return any(Path(folder).glob("predictions*.jsonl"))
 
 
 def comparable(runs) -> list[list[tuple[Run, Evaluation]]]:

@@ -112,7 +112,8 @@ def truth_bar(start, end) -> list[Bar]:
 def group_strip(films, shot, group) -> Strip:
     """The strip beside a group of completions."""
     first = group.rows[0]
-    bars = truth_bar(first["start"], first["end"])
+    segments = [(first["start"], first["end"]), *first.get("alternatives", ())]
+    bars = [bar for start, end in segments for bar in truth_bar(start, end)]
     if group.task == "tvg":
         for names, row in group.distinct():
             span = rewards.last_span(answer_of(row["completion"]))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shared import write_video
+from shared import write_lines, write_video
 
 from engine.annotations import (
     VIDEO_SUFFIXES,
@@ -154,6 +154,23 @@ def test_an_excerpt_goes_from_stage_to_stage(tmp_path):
     path.write_text(json.dumps(demonstration_row(sample, "tvg", "x")) + "\n")
     (demonstration,) = load_demonstrations(path, "v", ("tvg",))
     assert demonstration.sample.excerpt == (8.0, 12.0)
+
+
+@pytest.mark.parametrize("seconds, cut", [(12, False), (4, True)])
+def test_a_demonstration_knows_whether_its_file_has_been_cut_to_the_excerpt(tmp_path, seconds, cut):
+    write_video(tmp_path / "a.mp4", [i / 2 for i in range(2 * seconds)])
+    video_duration.cache_clear()
+    row = {"video": "a.mp4", "query": "a door", "start": 0.5, "end": 1.5, "task": "vd", "completion": "x",
+           "video_start": 8.0, "video_end": 12.0}
+    path = write_lines(tmp_path / "demos.jsonl", [row])
+    (demonstration,) = load_demonstrations(path, tmp_path, ("vd",))
+    assert demonstration.sample.excerpt == (None if cut else (8.0, 12.0))
+
+
+def test_a_completion_that_is_kept_has_every_segment_that_could_answer(tmp_path):
+    sample = Sample("v/a.mp4", "a door", 0, 10, 90.0, alternatives=((60, 80),))
+    assert demonstration_row(sample, "tvg", "x")["alternatives"] == ((60, 80),)
+    assert "alternatives" not in demonstration_row(replace(sample, alternatives=()), "tvg", "x")
 
 
 def test_a_jsonl_of_one_line_is_still_qvhighlights(tmp_path):

@@ -135,6 +135,12 @@ def test_ablations_by_hand():
     assert ablations.base_of("grpo-no-kl") == "tvg-only-no-kl" and ablations.base_of("vc-ar") == "tvg-only"
 
 
+def test_more_seeds_than_there_are_intervals_for_are_refused_before_any_run(monkeypatch):
+    monkeypatch.setattr(ablations, "make_runs", None)
+    with pytest.raises(SystemExit, match="11 seeds; give at most 10"):
+        ablations.main("claim", [str(seed) for seed in range(11)])
+
+
 def test_rare_verbs_are_measured_apart():
     def row(task, verb, value):
         part = "iou" if task == "tvg" else task

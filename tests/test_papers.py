@@ -243,6 +243,13 @@ def test_every_rule_of_the_selection_drops_its_own():
     assert [count for _, count in counts] == [10, 7, 6, 4, 3, 2]
 
 
+def test_anchors_are_measured_on_the_segment_that_the_answer_hits_best():
+    row = rollout(["62 to 75", "60 to 78"], "60 to 80", start=0.0, end=10.0)  # IoU 0 with 0 to 10
+    assert stages.select_anchors([row])[0] == []
+    found, _ = stages.select_anchors([row | {"alternatives": [[60.0, 80.0]]}])  # 13/20, 18/20, 1
+    assert [kept["completion"] for kept in found] == [row["completion"]]
+
+
 def test_invert_sft_pairs_a_clip_with_its_query():
     samples = [Sample("v/AAA.mp4", "person runs", 1, 3), Sample("v/BBB.mp4", "person sits", 3, 3)]
     assert stages.invert_sft(samples) == [

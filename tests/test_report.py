@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -189,6 +190,9 @@ def test_a_page_waits_for_the_first_iteration(tmp_path):
     assert not program.has_begun(tmp_path)
     write_lines(tmp_path / "metrics.jsonl", [{"iteration": 0, "task": "eval"}, {"iteration": 0, "task": "tvg"}])
     assert program.has_begun(tmp_path)
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "predictions.0.jsonl").touch()
+    assert program.has_begun(tmp_path / "evaluation")
 
 
 def rollout(iteration, n, total, **notes):
@@ -261,6 +265,14 @@ def test_a_page_is_one_file_that_needs_no_network_and_shows_every_part(folder, c
     assert all(source.startswith(("#", "data:")) for found in sources for source in found if source)
     assert "<b>no tags</b>" not in page and "&lt;b&gt;" in page  # what a model writes is text
     assert '<tr><td>p</td><td>1.0</td><td>0.4</td></tr>' in page
+
+
+def test_settings_of_other_programs_beside_a_run_are_none_of_an_evaluation(folder, capsys):
+    (folder / ".vscode").mkdir()
+    (folder / ".vscode" / "settings.json").write_text('{ // an editor\'s, which JSON does not allow\n}')
+    assert {evaluation.label for evaluation in runs.read_run_folder(folder / "one").evaluations} == {
+        "one, iteration 0", "one, iteration 3"}
+    shutil.rmtree(folder / ".vscode")
 
 
 def test_the_numbers_of_a_page_are_those_of_its_files(folder):
