@@ -105,15 +105,15 @@ def answer_bars(label, completion, span, iou=None) -> list[Bar]:
     return [*bars, Bar(label, "answer", *span, note)]
 
 
-def truth_bar(start, end) -> list[Bar]:
-    return [Bar("annotated", "truth", start, end)]
+def truth_bars(truth, alternatives) -> list[Bar]:
+    """The annotated segment of a query, and in QVHighlights the further ones."""
+    return [Bar("annotated", "truth", *segment) for segment in (truth, *alternatives)]
 
 
 def group_strip(films, shot, group) -> Strip:
     """The strip beside a group of completions."""
     first = group.rows[0]
-    segments = [(first["start"], first["end"]), *first.get("alternatives", ())]
-    bars = [bar for start, end in segments for bar in truth_bar(start, end)]
+    bars = truth_bars((first["start"], first["end"]), first.get("alternatives", ()))
     if group.task == "tvg":
         for names, row in group.distinct():
             span = rewards.last_span(answer_of(row["completion"]))
@@ -149,10 +149,8 @@ def choose_cases(entries, each=4, seed=0) -> dict[str, list[dict]]:
 
 
 def case_bars(prediction, entries) -> list[Bar]:
-    """The truth (in QVHighlights several windows), and the answer of every evaluation to a row, one below the other."""
-    bars = truth_bar(*prediction["truth"]) if prediction.get("truth") else []
-    for other in prediction.get("alternatives") or ():
-        bars += truth_bar(*other)
+    """The truth, and the answer of every evaluation to a row, one below the other."""
+    bars = truth_bars(prediction["truth"], prediction.get("alternatives") or ()) if prediction.get("truth") else []
     for label, predictions in entries:
         for p in predictions:
             if p["task"] == "tvg" and p["sample"] == 0 and row_of(p) == row_of(prediction):
