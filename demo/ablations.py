@@ -1,9 +1,8 @@
 """The paper's ablations on the toy: one list of runs, the two at a time that make them, and tables over seeds.
 
-    python -m demo.ablations ablations 0 2 3    make the runs of these seeds in runs/demo-SEED/, and print their table
+    python -m demo.ablations ablations 10 11    make the runs of these seeds in runs/demo-SEED/, and print their table
     python -m demo.ablations claim 10 11 12     p = 0.8 against p = 1 at several lengths, with KL and without
     python -m demo.ablations hacking 10 11 12   the reward of Eq. 7 on a model that lists verbs now and then
-    python -m demo.ablations few 0 2 3          p = 0.8 against p = 1 on sixty annotations
     python -m demo.ablations ablations          print the table of demo/ablations.csv, which was made before
 
 What is interrupted goes on when called again. Runs are taken two at a time, each run over all seeds before the next,
@@ -59,18 +58,9 @@ RUNS = {
         "lists-cap": "--p 0 --inversion-tasks vd --max-new-tokens 32 --vd-verb-cap 2",
         "lists-cosine": "--p 0 --inversion-tasks vd --max-new-tokens 32 --inversion-reward cosine",
     },
-    # So few annotations that grounding alone learns them by heart; the last has as many grounding iterations as the
-    # first.
-    "few": {
-        "few": "--train-vision --kl-coef 0 --p 0.8",
-        "few-tvg-only": "--train-vision --kl-coef 0 --p 1",
-        "few-tvg-only-280": "--train-vision --kl-coef 0 --p 1 --iterations 280",
-    },
 }
 FROM = {"invert-sft-grpo": "invert-sft"} | dict.fromkeys(RUNS["hacking"], "lister")
-LENGTH = {"claim": "--iterations 1000", "ablations": "--iterations 1000", "hacking": "--iterations 300",
-          "few": "--iterations 350"}
-FEW_ROWS = slice(60, 120)  # the lines of train.txt that the runs of "few" see
+LENGTH = {"claim": "--iterations 1000", "ablations": "--iterations 1000", "hacking": "--iterations 300"}
 
 
 class Line(NamedTuple):
@@ -130,9 +120,6 @@ TABLES = {
             Line("grpo-200", "with inversion, 200 iterations"),
             Line("tvg-only-2000", "TVG only, 2,000 iterations"),
             Line("grpo-2000", "with inversion, 2,000 iterations")],
-        "Figure 4: other videos, other format": [
-            Line("tvg-only-transfer", "TVG only", "bars"),
-            Line("grpo-transfer", "with inversion", "bars, higher")],
     },
     "hacking": {
         "reward of descriptions": [
@@ -141,12 +128,6 @@ TABLES = {
             Line("lists", "binary, no cap"),
             Line("lists-cap", "binary, cap of 2 verbs"),
             Line("lists-cosine", "cosine, no cap")],
-    },
-    "few": START | {
-        "sixty annotations": [
-            Line("few-tvg-only", "TVG only"),
-            Line("few-tvg-only-280", "TVG only, 280 iterations"),
-            Line("few", "with inversion")],
     },
 }
 
@@ -197,10 +178,6 @@ def commands(sweep, seed, name):
         yield evaluate("warm", "warm-test", "test.txt")
         return
     rows = f"{out}/train.txt"
-    if sweep == "few":
-        rows = f"{out}/few.txt"
-        lines = Path(f"{out}/train.txt").read_text(encoding="utf-8").splitlines(keepends=True)
-        Path(rows).write_text("".join(lines[FEW_ROWS]), encoding="utf-8")
     if name == "invert-sft-grpo":
         pairs = f"{out}/invert-sft.jsonl"
         yield [sys.executable, "-m", "papers.stages", "invert-sft", "--annotations", rows, "--output", pairs]
@@ -228,8 +205,6 @@ def base_of(run):
         return "lists"
     if run.endswith("-transfer"):
         return "tvg-only-transfer"
-    if run.startswith("few"):
-        return "few-tvg-only"
     for suffix in ("-no-kl", "-200", "-2000"):
         if run == f"grpo{suffix}":
             return f"tvg-only{suffix}"
