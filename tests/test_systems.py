@@ -16,8 +16,13 @@ from papers import stages
 
 CLIPS = ["--min-frame-pixels", "784", "--max-frame-pixels", "784", "--max-new-tokens", "24", "--workers", "0"]
 RUNS = [options for runs in ablations.RUNS.values() for options in runs.values()]
-# Lengths are cut here, and one p between 0 and 1 is like another.
-TRAINED = sorted({re.sub(r" --iterations \d+$", "", re.sub(r"--p 0\.\d+", "--p 0.8", options)) for options in RUNS})
+
+
+def trained(options):
+    """The options that are tried for these: short, and one p between 0 and 1, or one choice of tasks, for all."""
+    options = re.sub(r" --iterations \d+$", "", options)
+    options = re.sub(r"--p 0\.\d+", "--p 0.8", options)
+    return re.sub(r"--inversion-tasks( \w+)+", "--inversion-tasks vd", options)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +137,7 @@ def test_the_options_of_all_ablations_are_understood():
         assert (config.iterations > 0) == ("--iterations" in options)
 
 
-@pytest.mark.parametrize("options", TRAINED)
+@pytest.mark.parametrize("options", sorted({trained(options) for options in RUNS}))
 def test_ablations(demo, options):
     log = train(demo, f"ablation{options.replace(' ', '-')}", "--model", demo / "warm", "--annotations",
                 demo / "train.txt", "--seed", 3, *options.split(), "--iterations", 2)
