@@ -51,6 +51,8 @@ CLAIMS = {
         Pair("the same, in thought or answer", "grpo", "tvg-only", (NAMED,)),
         Pair("p = 0.8 minus p = 1, both without KL", "grpo-no-kl", "tvg-only-no-kl", ("actions",)),
         Pair("the same, in thought or answer", "grpo-no-kl", "tvg-only-no-kl", (NAMED,)),
+        Pair("p = 0.8 minus p = 1, both 2,000 iterations", "grpo-2000", "tvg-only-2000", ("actions",)),
+        Pair("the same, in thought or answer", "grpo-2000", "tvg-only-2000", (NAMED,)),
         Pair("p = 0.8 minus p = 1, other videos (Figure 4)", "grpo-transfer", "tvg-only-transfer", ("actions",)),
         Pair("p = 0.8 minus warm start: learned, not only kept", "grpo", "warm", ("actions",))],
     "One inversion task raises grounding, all three do best (Table 2)": [
