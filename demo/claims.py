@@ -79,9 +79,9 @@ CLAIMS = {
 def read_measured(*sweeps):
     """The rows of these sweeps over the five seeds; "actions" is the mean of VC, AR and VD."""
     rows = {}
-    for path in (ROOT / "demo" / f"{name}.csv" for name in sweeps):
-        if path.exists():  # else it was not measured yet
-            rows |= {(row["seed"], row["run"]): row for row in read_rows(path) if row["seed"] in SEEDS}
+    for name in sweeps:
+        measured = read_rows(ROOT / "demo" / f"{name}.csv")
+        rows |= {(row["seed"], row["run"]): row for row in measured if row["seed"] in SEEDS}
     for row in rows.values():
         row["actions"] = statistics.mean(float(row[name]) for name in ACTIONS)
     return list(rows.values())
