@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -230,7 +230,8 @@ def measure(model, processor, held_out, config, iteration, log):
         shutil.rmtree(output, ignore_errors=True)  # left over from an interrupted run, made with other weights
     dist.barrier()
     rows = evenly_spaced(len(held_out), config.eval_limit)
-    metrics = evaluate(lambda: (model, processor), held_out, rows, rewards.TASKS, config, output)
+    settings = replace(config, micro_batch=max(4, config.micro_batch))  # eight would take more memory than training
+    metrics = evaluate(lambda: (model, processor), held_out, rows, rewards.TASKS, settings, output)
     log.write(iteration, "eval", {name: value for name, value in metrics.items() if isinstance(value, float)})
     say(f"iteration {iteration}\n{format_metrics(metrics)}")
 

@@ -39,7 +39,6 @@ from engine.parallel import data_parallel, frozen_reference
 from engine.prompts import completion_texts, encode_completions
 from engine.recovery import Saves, Saving, check_space, finite_everywhere, keep_batch
 from engine.rollouts import append_rollouts
-from engine.roofline import announced
 from engine.runtime import Log, StopSignal, combine, counted, group_metrics, launch, random_generator, say
 from engine.settings import UserError, flag, parse_settings
 
@@ -312,7 +311,6 @@ def train(config: Config, device: torch.device):
     # can be read.
     wanted = ([sampler.candidates(k, slot, tasks) for slot in sampler.slots] for k in range(start, total))
     arriving = read_ahead(Clips(samples, config.clip_settings()), wanted, config.workers, config.clip_timeout)
-    arriving = announced(arriving, run.model, config, total - start)
     log = Log(config, start, total)
     stop = StopSignal()
     saves = Saves(config, total, device)

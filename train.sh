@@ -30,6 +30,9 @@ case $gpus in 1 | 2 | 4 | 8) ;; *) echo "train.sh: GPUS=$gpus; give 1, 2, 4 or 8
 
 source demo/jobs.sh  # run: a signal ends what runs, after it has saved, for which torchrun's 30 seconds are too few
 
+# Shapes change from iteration to iteration; without this, memory that is free lies in pieces that are too small.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}
+
 # Eight prompts an iteration on any number of GPUs. Every 500 iterations 200 rows of the test file are measured for the
 # curve (Figure 1, right); choose no setting and no checkpoint by them.
 run torchrun --nproc_per_node "$gpus" --shutdown-timeout 1800 invert4tvg.py --model "$model" \

@@ -1,35 +1,33 @@
-"""Whether a machine can train: one command before the first run on a new kind of GPU, in at most nine minutes.
+"""Whether a machine can train: one command before the first run on new GPUs, in at most nine minutes.
 
-    python -m benchmarks.accept                   # on one GPU; downloads nothing
+    python -m benchmarks.accept                   # on all GPUs; downloads nothing
     python -m benchmarks.accept --device cpu      # the same code at tiny size, which proves nothing about a GPU
 
 Eleven stages go from the machine itself to the whole program; `STAGES` lists them with their deadlines. Each runs in a
-process of its own, and prints a line for each check as soon as it is made. A stage that exceeds its deadline is killed,
-and its log says where it stood. A failure in one of the early stages ends the run, because later ones would fail by it.
---output receives acceptance.json, table.md and a log for each stage.
+process of its own, and prints a line for each check as soon as it is made. Whole runs have one rank a card over NCCL;
+with a single card two ranks share it and speak gloo. A stage that exceeds its deadline is killed, and its log says
+where it stood. A failure in one of the early stages ends the run, because later ones would fail by it. --output
+receives acceptance.json, table.md, which can be pasted as it is, and a log for each stage. The last line says which
+command is safe to start on these cards.
 
 A check with a bound passes or fails, and the table says where its bound comes from. A check without one is reported.
-The goals for speed (GOALS) decide nothing: they are what a well-used GPU should reach.
+The goals for speed (GOAL) decide nothing: they are what a well-used GPU should reach.
 """
 
 import argparse
-import faulthandler
-import gc
+import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
-import socket
 import statistics
+import subprocess
 import sys
 import sysconfig
 import time
-import traceback
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -39,38 +37,28 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+import evaluate
 import grpo
 import invert4tvg
-from benchmarks import ceilings, memory, step
+from benchmarks import cards, dry_run, memory, models
+from benchmarks.meter import Meter, measured_iterations
+from benchmarks.ranks import end, finish, start
+from benchmarks.stages import VERDICTS, Check, Stage, at_most, cell_text, equal, run_stage, table
 from demo import make_demo
 from engine import checkpoints, decoding
 from engine.attention import attend_to_allowed, install_attention
-from engine.optimizer import sharded_adamw
+from engine.optimizer import MasterAdamW, sharded_adamw
 from engine.parallel import data_parallel
-from engine.runtime import launch, setup_distributed
+from engine.predictions import read_predictions
+from engine.runtime import gather, launch, setup_distributed
 
 BUDGET = 540  # seconds in all
 GAP = {torch.bfloat16: 0.05, torch.float32: 1e-4}  # of a log-probability in sampling and in the packed pass
 GAP_SOURCE = "five times the largest gap of a 5M model in bfloat16 on a CPU (0.0098); 1e-4 in float32"
-SHM = 135e6  # eight clips of 3,584 visual tokens that a rank's workers hold ready: 3,584 x 784 x 2 x 3 bytes each
-GOALS = {"sampling": 0.60, "policy": 0.45}  # of the bandwidth, of the rate of matrix products
-CONTEXT = multiprocessing.get_context("fork")  # torch is imported once; CUDA starts in the stages alone
+GOAL = f"goal {cards.REACHED:.0%} on an H100"  # of the bandwidth, of the rate of matrix products
 
 
-class Check(NamedTuple):
-    what: str
-    value: object
-    bound: str = ""
-    passed: bool | None = None  # None: reported
-    source: str = ""  # of the bound
-
-
-def at_most(what, value, bound, source):
-    return Check(what, value, f"at most {bound:g}", math.isfinite(value) and value <= bound, source)
-
-
-def equal(what, found, expected, source):
-    return Check(what, found, f"equal to {expected}", found == expected, source)
+FREE = "GPU memory free, GiB"
 
 
 class Place(NamedTuple):
@@ -78,18 +66,25 @@ class Place(NamedTuple):
 
     device: torch.device
     folder: Path
+    cards: int = 0
+    gib: float = 0.0  # free on the fullest card
     compiles: bool = True  # False where the stage that compiles failed
 
     @property
     def small(self):
         return self.device.type == "cpu"
 
+    @property
+    def ranks(self):
+        """Of whole runs: one a card, but two where there is one card or none."""
+        return max(2, self.cards)
+
     def checkpoint(self):
         """-> the folder of a random model of 5M parameters, made by the first stage that needs it."""
         folder = self.folder / "5m"
         if not (folder / "preprocessor_config.json").exists():  # written last
             folder.mkdir(exist_ok=True)
-            step.make_checkpoint(folder, "5m", self.device)
+            models.make_checkpoint(folder, "5m", self.device)
         return folder
 
     def data(self):
@@ -102,16 +97,11 @@ class Place(NamedTuple):
 
 
 def environment(place):
-    yield Check("torch", torch.__version__)
+    for package in ("torch", "transformers", "av", "numpy"):
+        yield Check(package, version(package))
     yield Check("device", "CPU" if place.small else torch.cuda.get_device_name())
     if not place.small:
-        free, total = torch.cuda.mem_get_info()
-        yield Check("GPU memory free, GiB", round(free / 2**30, 1), f"at least 90% of {total / 2**30:.1f}",
-                    free > 0.9 * total, "another program on the card would spoil every measurement")
-        yield Check("bfloat16", torch.cuda.is_bf16_supported(), "True", torch.cuda.is_bf16_supported(),
-                    "models are loaded in bfloat16")
-        yield Check("compute capability", ".".join(map(str, torch.cuda.get_device_capability())))
-        yield Check("cuDNN", torch.backends.cudnn.version())
+        yield from gpus(place)
     yield Check("cores", len(os.sched_getaffinity(0)))
     # Without these three sampling goes on uncompiled, with a warning (decoding.working).
     yield Check("C compiler", shutil.which("gcc") or shutil.which("cc") or "missing: no compilation")
@@ -120,9 +110,34 @@ def environment(place):
     yield Check("Triton", "there" if find_spec("triton") else "missing: no compilation")
     if Path("/dev/shm").exists():
         shared = os.statvfs("/dev/shm")
-        size = shared.f_bavail * shared.f_frsize
-        yield Check("/dev/shm free, MB a process", round(size / 1e6), f"at least {SHM / 1e6:.0f}", size >= SHM,
-                    "clips that a rank's workers hold ready (with Docker: --ipc=host)")
+        yield Check("/dev/shm free, MB", round(shared.f_bavail * shared.f_frsize / 1e6), source="NCCL's ranks of one "
+                    "machine meet there; where it is small, start Docker with --ipc=host" if place.cards > 1 else "")
+
+
+def gpus(place):
+    """What torch and the driver say of the cards."""
+    each = range(place.cards)
+    yield Check("cards", "; ".join(sorted({torch.cuda.get_device_name(i) for i in each})), f"{place.cards} of one kind",
+                len({torch.cuda.get_device_name(i) for i in each}) == 1, "ranks wait for the slowest")
+    yield Check("CUDA of torch", torch.version.cuda)
+    yield Check("driver", smi("--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0])
+    free, total = zip(*(torch.cuda.mem_get_info(i) for i in each))
+    yield Check(FREE, round(min(free) / 2**30, 1), source=f"of {min(total) / 2**30:.1f}; below 90% another program "
+                "spoils every measurement")
+    yield Check("bfloat16", torch.cuda.is_bf16_supported(), "True", torch.cuda.is_bf16_supported(),
+                "models are loaded in bfloat16")
+    yield Check("compute capability", ".".join(map(str, torch.cuda.get_device_capability())))
+    yield Check("cuDNN", torch.backends.cudnn.version())
+    links = [row.split()[1:1 + place.cards] for row in smi("topo", "-m").split("\n") if row.startswith("GPU")]
+    yield Check("topology", ", ".join(sorted({link for row in links for link in row if link != "X"})) or "one card")
+
+
+def smi(*words):
+    """What nvidia-smi prints; "unknown" where it cannot be asked."""
+    try:
+        return subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def one_process(place):
@@ -172,6 +187,8 @@ def kernels(place):
     install_attention(checkpoints.load_model(place.checkpoint(), place.device)[0])  # switches cuDNN's attention off
     for name, (q, k, options) in {
         "tower, whole frames": (noise(8, 16, 448, 80), noise(8, 16, 448, 80), {}),
+        "tower, windows": (noise(112, 16, 64, 80), noise(112, 16, 64, 80),
+                           {"attn_mask": torch.ones(112, 1, 1, 64, dtype=torch.bool, device=place.device)}),
         "prefill": (noise(1, heads, P, D), noise(1, kv_heads, P, D), {"is_causal": True, "enable_gqa": True}),
         "completions": (noise(N, kv_heads, 8 * C, D), noise(N, kv_heads, P + C, D),
                         {"attn_mask": allowed.repeat(8, 1)}),
@@ -218,7 +235,7 @@ class Tiny(NamedTuple):
 
 
 def make_prompt(model, processor, tokens):
-    return step.make_prompt(model, processor, *step.make_video(processor.tokenizer, tokens))
+    return models.make_prompt(model, processor, *models.make_video(processor.tokenizer, tokens))
 
 
 @contextmanager
@@ -253,7 +270,7 @@ def eager(place):
             decoding.advance(tiny.model, decoder.caches, decoding.run_layer, token, decoder.last_position + 1)
         yield Check("a decoding step waits for nothing", True, "" if place.small else "True",
                     None if place.small else True, "" if place.small else "a graph cannot hold a synchronisation")
-    optimizer = step.MasterAdamW([p for p in tiny.model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = MasterAdamW([p for p in tiny.model.parameters() if p.requires_grad], lr=1e-3)
     before = tiny.model.lm_head.weight.detach().clone()
     (-tiny.logps(rollouts[1]).mean()).backward()
     gradients = [p.grad for p in tiny.model.parameters() if p.grad is not None]
@@ -349,17 +366,10 @@ def compilations(function):
 # ------------------------------------------------------------------------------------------------ whole runs
 
 
-def run_in_process(config):
-    """Start invert4tvg.py's run -> its process, whose exit code says how it ended."""
-    process = CONTEXT.Process(target=launch, args=(invert4tvg.train, config))
-    process.start()
-    return process
-
-
-def finish(process):
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"a training process ended with status {process.exitcode}; see this stage's log.")
+def run(place, config, ranks=None):
+    """A whole run of invert4tvg.py -> its log."""
+    finish(start(ranks or place.ranks, place.cards, launch, invert4tvg.train, config))
+    return log_of(config)
 
 
 def toy(place, name, **options):
@@ -367,7 +377,7 @@ def toy(place, name, **options):
     data = place.data()
     settings = {
         "model": str(data / "model"), "videos": str(data / "videos"), "output": str(place.folder / name),
-        "min_frame_pixels": 784, "max_frame_pixels": 784, "max_new_tokens": 24, "workers": 2, "micro_batch": 2,
+        "min_frame_pixels": 784, "max_frame_pixels": 784, "max_new_tokens": 24, "workers": 2, "micro_batch": 1,
         "gradient_checkpointing": not place.small}
     if "annotations" not in options:
         settings |= {"demonstrations": str(data / "warmup-1.jsonl"), "lr": 1e-3}
@@ -380,37 +390,32 @@ def log_of(config):
     return [json.loads(line) for line in lines]
 
 
-def largest_difference(ours, theirs, name):
-    """-> the largest relative difference of a metric between two logs"""
-    return max(abs(a[name] - b[name]) / max(abs(b[name]), 1e-8) for a, b in zip(ours, theirs, strict=True))
+def alike(what, ours, theirs, bound, source):
+    """-> a Check of the largest relative difference between two logs, of their losses and gradients' norms"""
+    pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True) for name in ("nll", "grad_norm")]
+    return at_most(f"{what}, relative difference", max(abs(a - b) / max(abs(b), 1e-8) for a, b in pairs), bound, source)
 
 
 def resumed(place):
-    """A run that is killed without warning and goes on, beside one that is left alone."""
+    """A run on all cards that is killed without warning and goes on, beside one that is left alone."""
     options = {"iterations": 4, "save_every": 2, "accumulation": 2, "keep": 9}
-    whole, killed = toy(place, "whole", **options), toy(place, "killed", **options)
-    finish(run_in_process(whole))
-    process = run_in_process(killed)
-    while process.is_alive() and not Path(killed.output, "checkpoint-000002", "run.json").exists():
+    whole = run(place, toy(place, "whole", **options))
+    killed = toy(place, "killed", **options)
+    begun = start(place.ranks, place.cards, launch, invert4tvg.train, killed)
+    while begun[0][0].is_alive() and not Path(killed.output, "checkpoint-000002", "run.json").exists():
         time.sleep(0.01)
-    process.kill()
-    process.join()
-    finish(run_in_process(killed))
-    bound = 1e-6 if place.small else 0.02
-    for name in ("nll", "grad_norm"):
-        yield at_most(f"{name} of the run that was killed, relative difference",
-                      largest_difference(log_of(killed), log_of(whole), name), bound,
-                      "a CPU repeats itself; on a GPU sums of bfloat16 come in any order")
+    end(begun)
+    yield alike("a run that was killed on all ranks, and one that was not", run(place, killed), whole,
+                1e-6 if place.small else 0.02, "a CPU repeats itself; on a GPU sums of bfloat16 come in any order")
 
 
 def loop(place):
-    """The demo through the program itself: a few supervised iterations, then GRPO."""
+    """The demo through the program itself, on one card: a few supervised iterations, then GRPO."""
     warm = toy(place, "warm", iterations=3 if place.small else 40, micro_batch=4)
-    finish(run_in_process(warm))
+    run(place, warm, ranks=1)
     grounded = toy(place, "grpo", annotations=str(place.data() / "train.txt"), model=warm.output, lr=3e-4,
                    iterations=3 if place.small else 20, micro_batch=4)
-    finish(run_in_process(grounded))
-    log = log_of(grounded)
+    log = run(place, grounded, ranks=1)
     finite = all(math.isfinite(value) for row in log for value in row.values() if isinstance(value, float))
     yield equal("every logged number is finite", finite, True, "nothing overflows")
     yield at_most("KL of the first iteration", log[0]["kl"], 1e-3, "policy and reference are the same weights")
@@ -424,191 +429,137 @@ def loop(place):
                       "late compilations or plans for new shapes would take longer")
 
 
-def two_processes(place):
-    """Two ranks on one card. NCCL refuses that, so they speak gloo, which moves CUDA tensors, too."""
-    for name, options in {
-        "supervised": {"iterations": 3},
-        "grpo": {"iterations": 2, "annotations": str(place.data() / "train.txt"), "lr": 3e-4},
-    }.items():
-        pair = toy(place, f"two-{name}", micro_batch=1, **options)
-        port = free_port()
-        ranks = [CONTEXT.Process(target=as_rank, args=(rank, port, pair)) for rank in range(2)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            finish(process)
-        if name == "supervised":
-            alone = toy(place, "one-supervised", micro_batch=1, accumulation=2, **options)
-            finish(run_in_process(alone))
-            yield at_most("loss of two processes beside one, relative difference",
-                          largest_difference(log_of(pair), log_of(alone), "nll"), 1e-4 if place.small else 0.02,
-                          "the same samples; sums in another order, on a GPU in bfloat16")
-        else:
-            yield at_most("first KL with the reference shared out", log_of(pair)[0]["kl"], 1e-3,
-                          "policy and reference are the same weights")
-
-
-def as_rank(rank, port, config):
-    """One of two ranks that torchrun would have started, on the first card."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
-    join = dist.init_process_group
-    with mock.patch.object(dist, "init_process_group", lambda backend, **options: join("gloo", **options)):
-        launch(invert4tvg.train, config)
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def all_cards(place):
+    """One rank a card: the same losses as in one process, the shared reference, both optimisers, an evaluation."""
+    yield Check("ranks", place.ranks)
+    bound = 1e-4 if place.small else 0.02
+    ours = toy(place, "all", iterations=3, accumulation=2)
+    log = run(place, ours)
+    alone = run(place, toy(place, "alone", iterations=3, accumulation=2 * place.ranks), ranks=1)
+    yield alike("supervised: all ranks beside one", log, alone, bound,
+                "the same samples; sums in another order, on a GPU in bfloat16")
+    yield alike("supervised: the optimiser in host memory beside the device's",
+                run(place, toy(place, "offloaded", iterations=3, accumulation=2, offload_optimizer=True)), log, bound,
+                "the same arithmetic; on a GPU sums of bfloat16 come in any order")
+    grounded = toy(place, "shared", iterations=2, annotations=str(place.data() / "train.txt"), lr=3e-4)
+    yield at_most("GRPO: first KL with the reference shared out", run(place, grounded)[0]["kl"], 1e-3,
+                  "policy and reference are the same weights")
+    rows = 2 * place.ranks + 1
+    settings = evaluate.EvalSettings(model=ours.output, annotations=str(place.data() / "train.txt"), limit=rows,
+                                     videos=ours.videos, output=str(place.folder / "evaluation"), tasks=("tvg",),
+                                     max_new_tokens=24, min_frame_pixels=784, max_frame_pixels=784, workers=1)
+    shutil.rmtree(settings.output, ignore_errors=True)
+    finish(start(place.ranks, place.cards, launch, evaluate.main, settings))
+    answered = [p["row"] for p in read_predictions(settings.output) if not p["error"]]
+    yield equal("evaluation: rows answered, and answered once", (len(answered), len(set(answered))), (rows, rows),
+                f"{rows} rows do not part evenly among {place.ranks} ranks")
 
 
 # ------------------------------------------------------------------------------------------------ the real size
 
 
+def real_size_plan(cards, gib):
+    """The largest model, and the way to train it, whose worst case fits -> (size, options, memory.Settings).
+
+    3B before the 60M model, which fits any card; the weights before adapters.
+    """
+    for size in ("3b", "60m"):
+        for options, settings in memory.ways_that_fit(size, max(1, cards), gib):
+            return size, options, settings
+    raise RuntimeError(f"{gib:.1f} GiB of a card are free, too few for any model; end what runs there.")
+
+
 def published(place):
-    """3B with random weights, made on the GPU: memory against the estimate, speed against what the machine can do."""
-    cell = step.Cell(256, 16) if place.small else step.Cell(3704, 200)
-    name = str(place.checkpoint()) if place.small else "3b"
-    model, processor = checkpoints.load_model(place.checkpoint(), place.device)
-    ids = model.config
-    del model
+    """Random weights of the real size on all cards: memory against the estimate, speed against what a card can do."""
+    finish(start(1, place.cards, Place.checkpoint, place))  # a process that has begun with CUDA cannot be forked
+    cell = models.Cell(256, 16) if place.small else models.Cell(3704, 200)
+    if place.small:
+        size, options, settings = "5M, in place of 3B", "", memory.Settings(model=str(place.checkpoint()), world_size=1)
+    else:
+        size, options, settings = real_size_plan(place.cards, place.gib)
+    settings = dataclasses.replace(settings, max_new_tokens=cell.completion, accumulation=1)
+    yield Check("model", size)
+    yield Check("options, chosen by the memory of these cards", options or "none")
+    reports = finish(start(settings.world_size, place.cards, real_size, place, settings, cell))
+    card, prompt_tokens, grid, _ = reports[0]
+    work = dry_run.Work(grid, prompt_tokens - math.prod(grid) // dry_run.MERGE**2, [cell.completion] * cell.group,
+                        cell.completion)
+    attention = dry_run.cpu_attention if place.small else dry_run.gpu_attention
+    dtype = torch.float32 if place.small else torch.bfloat16
+    need = dry_run.estimate(dry_run.make_model(settings, dtype), settings, work, attention)
+    for phase in dry_run.PHASES:
+        measured = max(report[-1]["MiB"][phase] for report in reports)
+        ratio = measured * 2**20 / sum(need.peaks[phase].values())
+        if place.small:  # a process of 20 MB of weights holds more of everything else
+            yield Check(f"peak of the {phase} phase, of the estimate", ratio)
+        else:
+            yield Check(f"peak of the {phase} phase, of the estimate", ratio, "0.9 to 1.1", 0.9 < ratio < 1.1,
+                        "benchmarks/dry_run.py; it was within 1.1% of a real process on a CPU")
+    seconds = {phase: max(report[-1]["seconds"][phase] for report in reports) for phase in ("prefill", *dry_run.PHASES)}
+    decoding = seconds["sampling"] - seconds["prefill"]
+    policy = seconds["policy"] - seconds["optimiser"]  # which it holds
+    reads = need.work["token"].bytes * (cell.completion - 1) / decoding
+    computes = need.work["policy"].operations / policy
+    yield Check("bandwidth read, GB/s", card.bandwidth / 1e9)
+    yield Check("matrix products, TFLOP/s", card.bfloat16 / 1e12)
+    yield Check("host link, GB/s", card.host_link / 1e9)
+    yield Check("tower and prefill, s", seconds["prefill"])
+    yield Check("decoding, ms a token", 1e3 * decoding / (cell.completion - 1))
+    yield Check("decoding, GB/s read", reads / 1e9)
+    yield Check("decoding, share of the bandwidth", reads / card.bandwidth, GOAL)
+    yield Check("reference pass, s", seconds["reference"])
+    yield Check("policy pass, s", policy)
+    yield Check("policy pass, TFLOP/s", computes / 1e12)
+    yield Check("policy pass, share of the arithmetic", computes / card.bfloat16, GOAL)
+    yield Check("optimiser, s", seconds["optimiser"])
+
+
+def real_size(place, settings, cell):
+    """On one rank -> (cards.Card as measured, tokens of the prompt, its grid, what the meter measured)."""
+    small_model, processor = checkpoints.load_model(place.checkpoint(), torch.device("cpu"))
+    ids = small_model.config
+    device = setup_distributed()
+    processor = processor._replace(eos=processor.eos.to(device), banned=processor.banned.to(device))
+    card = cards.measure(device, torch.float32 if place.small else torch.bfloat16)
 
     def random_model(*_):
         torch.manual_seed(0)  # the reference is the same model
-        config = memory.model_config(name)
+        config = models.model_config(settings.model)
         for field in ("video_token_id", "image_token_id", "vision_start_token_id", "vision_end_token_id"):
             setattr(config, field, getattr(ids, field))
-        with place.device:
+        with device:
             made = Qwen2_5_VLForConditionalGeneration._from_config(
                 config, dtype=torch.float32 if place.small else torch.bfloat16)
         install_attention(made)
         return made, processor
 
-    device = setup_distributed()
-    meter = step.Meter(device)
-    settings = memory.Settings(model=name, world_size=1, max_new_tokens=cell.completion)
-    yield Check("model", name if not place.small else "5M, in place of 3B")
-    sampling = nullcontext() if place.compiles else uncompiled(graph=True)
-    with sampling, mock.patch.object(checkpoints, "load_model", random_model):
-        meter.rest()
-        prompt, measured = memory.measured_iterations(settings, cell, meter, device)
-    P = len(prompt.ids)
-    grid = tuple(prompt.grid[0].tolist())
-    work = memory.Work(grid, P - math.prod(grid) // memory.MERGE**2, [cell.completion] * cell.group, cell.completion)
-    attention = memory.cpu_attention if place.small else memory.gpu_attention
-    dtype = torch.float32 if place.small else torch.bfloat16
-    peaks = memory.estimate(memory.make_model(settings, dtype), settings, work, attention).peaks
-    for phase in memory.PHASES:
-        ratio = measured["MiB"][phase] * 2**20 / sum(peaks[phase].values())
-        if place.small:  # a process of 20 MB of weights holds more of everything else
-            yield Check(f"peak of the {phase} phase, of the estimate", ratio)
-        else:
-            yield Check(f"peak of the {phase} phase, of the estimate", ratio, "0.9 to 1.1", 0.9 < ratio < 1.1,
-                        "benchmarks/memory.py; it was within 1.1% of a real process on a CPU")
-    if not place.small:
-        (place.folder / "memory.txt").write_text(torch.cuda.memory_summary(), encoding="utf-8")
-
-    gc.collect()  # the run above holds itself in a circle
-    model, processor = random_model()
-    model.model.visual.requires_grad_(False)
-    checkpoints.recompute_activations(model)
+    meter = Meter(device)
     with nullcontext() if place.compiles else uncompiled(graph=True):
-        speed = ceilings.measure(model, processor, [prompt], cell.group, cell.completion, repeats=1)
-    yield Check("bandwidth read, GB/s", speed.bandwidth / 1e9)
-    yield Check("matrix products, TFLOP/s", speed.matmul / 1e12)
-    yield Check("tower and prefill, s", speed.prefill)
-    yield Check("decoding, ms a token", 1e3 * speed.decoding / (cell.completion - 1))
-    yield Check("decoding, share of the bandwidth", speed.decoding_share, f"goal {GOALS['sampling']:.0%} on an H100")
-    yield Check("policy pass, share of the arithmetic", speed.policy_share, f"goal {GOALS['policy']:.0%} on an H100")
-    dist.destroy_process_group()
+        with mock.patch.object(checkpoints, "load_model", random_model):
+            meter.rest()
+            prompt, measured = measured_iterations(settings, cell, meter, device)
+    if not place.small:
+        (place.folder / f"memory.{device.index}.txt").write_text(torch.cuda.memory_summary(), encoding="utf-8")
+    gather(None)  # nobody leaves before all are done
+    return card, len(prompt.ids), tuple(prompt.grid[0].tolist()), measured
 
 
-# ------------------------------------------------------------------------------------------------ running the stages
-
-
-class Stage(NamedTuple):
-    run: Callable
-    title: str
-    seconds: int  # CPUs get four times as many, since they may be busy
-    early: bool = False  # a failure ends the run
+# ------------------------------------------------------------------------------------------------ the program
 
 
 STAGES = (
-    Stage(environment, "environment", 10, early=True),
+    Stage(environment, "environment", 60, early=True),  # the first start of CUDA on eight cards
     Stage(one_process, "one process", 20, early=True),
     Stage(kernels, "kernels", 20, early=True),
     Stage(eager, "tiny model, eager", 25, early=True),
-    Stage(graphs, "tiny model, graphs", 30),
-    Stage(fresh_shapes, "fresh shapes", 25),
-    Stage(compiled, "tiny model, compiled", 90),
-    Stage(resumed, "kill and resume", 45),
-    Stage(published, "real size", 150),
-    Stage(loop, "the demo's loop", 80),
-    Stage(two_processes, "two processes, gloo", 45),
+    Stage(graphs, "tiny model, graphs", 25),
+    Stage(fresh_shapes, "fresh shapes", 20),
+    Stage(compiled, "tiny model, compiled", 80),
+    Stage(resumed, "kill and resume", 60),
+    Stage(published, "real size", 110),
+    Stage(loop, "the demo's loop", 45),
+    Stage(all_cards, "all cards", 75),
 )
-
-
-def work(sender, stage, place, seconds):
-    """A stage's process: its checks go to the parent, all that it prints to its log."""
-    os.setpgid(0, 0)  # the parent ends it with all that it has started
-    log = open(place.folder / f"{stage.run.__name__}.log", "w", encoding="utf-8")
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    sys.stdout = sys.stderr = log
-    faulthandler.dump_traceback_later(max(1, seconds - 2), file=log)
-    step.quieten()
-    if place.small:
-        torch.set_num_threads(1)
-    try:
-        for check in stage.run(place):
-            sender.send(check)
-    except BaseException as error:
-        traceback.print_exc()
-        log.flush()
-        sender.send(Check("no error", f"{type(error).__name__}: {error}".split("\n")[0], "none", False,
-                          f"see {log.name}"))
-    os._exit(0)  # no clean-up may hang the run
-
-
-def run_stage(stage, place, seconds):
-    """Run a stage in a process of its own and yield its checks as they come; a failed one where its time is up."""
-    receiver, sender = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=work, args=(sender, stage, place, seconds))
-    process.start()
-    sender.close()
-    deadline = time.monotonic() + seconds
-    try:
-        while receiver.poll(max(0.0, deadline - time.monotonic())):
-            yield receiver.recv()
-        yield Check("in time", "no", f"at most {seconds:.0f} s", False, f"see {stage.run.__name__}.log")
-    except EOFError:
-        if process.exitcode and process.exitcode < 0:
-            yield Check("no error", f"killed by signal {-process.exitcode}", "none", False, "")
-    finally:
-        for end in (partial(os.killpg, process.pid), partial(os.kill, process.pid)):
-            try:
-                end(signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        process.join()
-
-
-def cell(value):
-    """A value for the table: numbers with four digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-VERDICTS = {True: "pass", False: "FAIL", None: "-"}
-
-
-def table(results):
-    """[(title, Check)] -> Markdown"""
-    lines = ["| stage | check | value | bound | result | where the bound comes from |", "|---|---|---|---|---|---|"]
-    for title, check in results:
-        row = [title, check.what, cell(check.value), check.bound, VERDICTS[check.passed], check.source]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
 
 
 def accept(place, stages=STAGES, budget=BUDGET):
@@ -623,7 +574,9 @@ def accept(place, stages=STAGES, budget=BUDGET):
         for check in checks:
             results.append((stage.title, check))
             failed |= check.passed is False
-            print(f"{VERDICTS[check.passed]:<5}{stage.title}: {check.what}: {cell(check.value)}"
+            if check.what == FREE:
+                place = place._replace(gib=check.value)
+            print(f"{VERDICTS[check.passed]:<5}{stage.title}: {check.what}: {cell_text(check.value)}"
                   f"{f' ({check.bound})' if check.bound else ''}", flush=True)
         results.append((stage.title, Check("seconds", time.monotonic() - started)))
         rows = [{"stage": title} | check._asdict() for title, check in results]
@@ -637,6 +590,25 @@ def accept(place, stages=STAGES, budget=BUDGET):
     return results
 
 
+def verdict(place, results) -> str:
+    """The last line: whether the README's command is safe to start on these cards, and with which options."""
+    failed = [f"{title}: {check.what}" for title, check in results if check.passed is False]
+    if failed:
+        return f"Not safe to start: {len(failed)} checks failed, the first of them \"{failed[0]}\"."
+    if place.small:
+        return "All checks passed at tiny size; a CPU says nothing about a GPU."
+    gpus = max(n for n in (1, 2, 4, 8) if n <= place.cards)
+    gib = dict((check.what, check.value) for _, check in results)[FREE]
+    advice = []
+    for model in ("3b", "7b"):
+        options, _ = next(memory.ways_that_fit(model, gpus, gib), (None, None))
+        if options is None:
+            advice.append(f"{model.upper()} does not fit {gpus} x {gib:.1f} GiB")
+        else:
+            advice.append(f"`GPUS={gpus} bash train.sh charades-{model} {options}".rstrip() + "`")
+    return f"Safe to start: {'; '.join(advice)}."
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -648,10 +620,17 @@ def main():
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asks without starting CUDA, which no fork survives
         if not torch.cuda.is_available():
             parser.error("torch finds no GPU here; --device cpu runs the same code at tiny size.")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as train.sh
     args.output.mkdir(parents=True, exist_ok=True)
-    results = accept(Place(torch.device(args.device), args.output.resolve()))
+    place = Place(torch.device(args.device), args.output.resolve(),
+                  torch.cuda.device_count() if args.device == "cuda" else 0)
+    results = accept(place)
     failed = sum(check.passed is False for _, check in results)
     print(f"\n{table(results)}\n\n{failed} failed; {args.output} holds acceptance.json, table.md and the logs.")
+    last = verdict(place, results)
+    print(last)
+    with open(args.output / "table.md", "a", encoding="utf-8") as file:
+        file.write(f"\n{last}\n")
     sys.exit(failed > 0)
 
 

@@ -6,9 +6,8 @@ Shapes as in grpo.py: G completions of C tokens each, a prompt of P tokens.
 import torch
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
+from benchmarks.models import PIXELS
 from engine.checkpoints import load_model
-
-PIXELS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 
 
 class Repeated:

@@ -21,10 +21,8 @@ run.
 """
 
 import argparse
-import ctypes
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import statistics
@@ -32,121 +30,28 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
-from collections import defaultdict
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.utils import logging
+from transformers import AutoTokenizer
 
 import grpo
-from benchmarks import baseline
-from engine.attention import Prompt, visual_features
+from benchmarks import baseline, models
+from benchmarks.meter import Meter
+from benchmarks.models import PUBLISHED, SIZES, Cell
+from engine.attention import visual_features
 from engine.checkpoints import load_model, recompute_activations
 from engine.optimizer import MasterAdamW
-from engine.prompts import MERGE, encode_prompt, patchify, position_ids
-from engine.video import SIDE
 
 PHASES = {"sampling": "sampling", "reference": "reference pass", "policy": "policy, forward + backward",
           "step": "whole step"}
 LABELS = {"ours": "ours", "repeated": "repeated", "trl": "TRL"}
 CURVE_GROUPS = (2, 4, 8, 16)
 CURVE_PROMPTS = (256, 512, 1024, 2048, 3600)
-FPS = 2.0
-GRIDS = 8  # two-frame grid steps of every video: TRL's eight images are one of them each
-MIN_TEXT = 24  # the query's tokens; TRL's eight images take 14 of them for their marks
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-            "<|image_pad|>", "<|video_pad|>"]
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for part in m.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-TOWER = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420)  # the published one
-PUBLISHED = ("3b", "7b")  # of the hub's Qwen2.5-VL-3B-Instruct and -7B-Instruct
-SIZES = {  # language model, half of a head's width, tower
-    "5m": (dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8,
-                num_key_value_heads=2, vocab_size=320), 16,
-           dict(depth=2, hidden_size=128, num_heads=4, intermediate_size=256, fullatt_block_indexes=[1])),
-    "60m": (dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
-                 num_key_value_heads=2, vocab_size=32000), 32,
-            dict(depth=4, hidden_size=256, num_heads=4, intermediate_size=512, fullatt_block_indexes=[3])),
-    "3b": (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-                num_key_value_heads=2, vocab_size=151936), 64, TOWER),
-    "7b": (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                num_key_value_heads=4, vocab_size=152064), 64, TOWER),
-}
 
-
-class Cell(NamedTuple):
-    """One point of the table or of a curve: tokens of the prompt, of every completion, and their number G."""
-
-    prompt: int
-    completion: int
-    group: int = 8
-
-
-# ------------------------------------------------------------------------------------------------ what is measured on
-
-
-def sections(half):
-    """-> how many of `half` a head's rotary frequencies time, height and width have: [16, 24, 24] of 64."""
-    return [half // 4, half * 3 // 8, half * 3 // 8]
-
-
-def make_checkpoint(folder, size, device):
-    """Write a random Qwen2.5-VL with a byte tokenizer in the Hugging Face layout -> its number of parameters."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                        additional_special_tokens=SPECIALS)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-           for name in ("im_end", "vision_start", "vision_end", "image_pad", "video_pad")}
-    text, half, vision = SIZES[size]
-    config = Qwen2_5_VLConfig(
-        text_config=text | dict(
-            bos_token_id=None, eos_token_id=ids["im_end"], pad_token_id=None,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections(half)}),
-        vision_config=dict(out_hidden_size=text["hidden_size"], tokens_per_second=2) | vision,
-        tie_word_embeddings=size == "3b", video_token_id=ids["video_pad"], image_token_id=ids["image_pad"],
-        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"])
-    torch.manual_seed(0)
-    with device:
-        model = Qwen2_5_VLForConditionalGeneration._from_config(
-            config, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(baseline.PIXELS))
-    return sum(p.numel() for p in model.parameters())
-
-
-def make_video(tokenizer, tokens):
-    """-> (frames (2 * GRIDS, 3, H, W) uint8, text): a random video and a query that make a prompt of `tokens`."""
-    room = tokens - len(encode_prompt(tokenizer, "", 0))
-    sides = [(h, w) for h in range(1, 80) for w in range(h, 2 * h + 1) if GRIDS * h * w <= room - MIN_TEXT]
-    h, w = max(sides, key=math.prod)
-    noise = torch.Generator().manual_seed(0)
-    frames = torch.randint(0, 256, (2 * GRIDS, 3, SIDE * h, SIDE * w), generator=noise, dtype=torch.uint8)
-    text = "When does the person open the door? " * 10  # a byte is a token
-    return frames, text[:room - GRIDS * h * w]
-
-
-def make_prompt(model, processor, frames, text):
-    """What data.build_prompt does, but with words of any length -> Prompt, on the model's device."""
-    pixels = processor.pixels
-    patches, grid = patchify(frames.to(model.device), pixels["image_mean"], pixels["image_std"])
-    ids = encode_prompt(processor.tokenizer, text, len(patches) // MERGE**2)
-    positions = position_ids(ids, grid[0].tolist(), FPS, model.config.video_token_id,
-                             model.config.vision_config.tokens_per_second)
-    return Prompt(torch.tensor(ids, device=model.device), positions.to(model.device), patches, grid)
+# ------------------------------------------------------------------------------------------------ the systems
 
 
 class Shared:
@@ -187,7 +92,7 @@ def take_steps(system, frames, text, meter, turn, args):
         recompute_activations(model)
     for _ in range(args.repeats + 1):
         with turn():
-            prompt = make_prompt(model, system.processor, frames, text)
+            prompt = models.make_prompt(model, system.processor, frames, text)
             with meter("sampling"):
                 ids = system.sample(prompt)
             with meter("reference"), torch.no_grad():
@@ -205,68 +110,9 @@ def take_steps(system, frames, text, meter, turn, args):
 # ------------------------------------------------------------------------------------------------ a worker's process
 
 
-class Meter:
-    """Seconds, CPU seconds and peak memory above idle, MiB, of named phases, which may nest and come in parts."""
-
-    def __init__(self, device):
-        self.device = device
-        self.open = []
-        self.idle = 0.0
-        self.measured = nothing_measured()
-
-    def rest(self):
-        """What is resident now is the idle process."""
-        self.idle = 0.0
-        self.read_peak()
-        self.idle = self.read_peak()
-
-    def read_peak(self):
-        """-> MiB above idle at the highest point since the last call."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            return peak / 2**20 - self.idle
-        peak = int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])  # KiB
-        # glibc keeps freed blocks: without trimming, a phase would be charged for its predecessor's.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM falls to what is resident now
-        return peak / 1024 - self.idle
-
-    def settle(self):
-        """Credit the peak so far to the phases that are open."""
-        peak = self.read_peak()
-        for name in self.open:
-            self.measured["MiB"][name] = max(self.measured["MiB"][name], peak)
-
-    @contextmanager
-    def __call__(self, name):
-        self.settle()
-        self.open.append(name)
-        began = time.perf_counter()
-        cpu_began = time.process_time()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.measured["seconds"][name] += time.perf_counter() - began
-        self.measured["cpu_seconds"][name] += time.process_time() - cpu_began
-        self.settle()
-        self.open.remove(name)
-
-    def take(self):
-        """-> what was measured since the last call, {quantity: {phase: value}}."""
-        taken = self.measured
-        self.measured = nothing_measured()
-        return taken
-
-
-def nothing_measured():
-    return {quantity: defaultdict(float) for quantity in ("seconds", "cpu_seconds", "MiB")}
-
-
 def probe(system, frames, text):
     """-> (G, C) log-probabilities of completions that are the same for every system, a list."""
-    prompt = make_prompt(system.model, system.processor, frames, text)
+    prompt = models.make_prompt(system.model, system.processor, frames, text)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(256, (system.cell.group, system.cell.completion), generator=generator)
     with torch.no_grad():
@@ -276,7 +122,7 @@ def probe(system, frames, text):
 def work(connection, name, folder, cell, args):
     """A worker's process: build one system, report, then take one step whenever told to."""
     os.dup2(2, 1)  # the table has standard output to itself
-    quieten()
+    models.quieten()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.device(args.device)
@@ -290,7 +136,7 @@ def work(connection, name, folder, cell, args):
         connection.send(meter.take())
 
     try:
-        frames, text = make_video(AutoTokenizer.from_pretrained(folder), cell.prompt)
+        frames, text = models.make_video(AutoTokenizer.from_pretrained(folder), cell.prompt)
         if name == "trl":
             trainer = baseline.make_trl_trainer(folder, cell, frames, text, meter, turn, args)
             meter.rest()
@@ -307,12 +153,6 @@ def work(connection, name, folder, cell, args):
         connection.send({"missing": "out of memory"})
     except Exception:
         connection.send({"failed": traceback.format_exc()})
-
-
-def quieten():
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)  # TRL sets options that transformers renames
 
 
 # ------------------------------------------------------------------------------------------------ the parent's process
@@ -469,7 +309,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    quieten()
+    models.quieten()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by the workers as they start
     curves = {"group": [Cell(1024, 64, G) for G in CURVE_GROUPS], "prompt": [Cell(P, 64) for P in CURVE_PROMPTS]}
     cells = {cell: args.systems for cell in args.cells}
@@ -483,7 +323,7 @@ def main():
     results = {}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        count = make_checkpoint(Path(folder), args.size, torch.device(args.device))
+        count = models.make_checkpoint(Path(folder), args.size, torch.device(args.device))
         repeats = f"medians of {args.repeats} steps"
         title = ", ".join([f"{count / 1e6:,.1f}M parameters", "G = 8", on, repeats, *versions])
         for cell, systems in cells.items():

@@ -11,6 +11,8 @@ import torch
 
 from engine.attention import embed, pack_prompts, run_language_model, visual_features
 
+ROOM = 2**28  # bytes; a recording takes some 20 MiB
+
 
 class Decoder:
     """Runs tower and prompts once, then the language model over one token of N completions a step.
@@ -152,12 +154,23 @@ def compiled_layer():
 def record(forward, through_layer, inputs):
     """Record forward(through_layer, *inputs) as a CUDA graph -> a function of the inputs alone.
 
-    Its next call overwrites its output.
+    Its next call overwrites its output, and so may the next recording.
     """
     through_layer = working(forward, through_layer, inputs)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = forward(through_layer, *inputs)
+    stream, keeper = recording_room()
+    free, _ = torch.cuda.mem_get_info()
+    if free < ROOM:  # while a graph is recorded, the allocator takes new memory and gives none back
+        torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    # `with torch.cuda.graph(...)` would empty both caches here in each iteration: the device's, and that of pinned host
+    # memory, where the layers' inputs of the training pass lie (1.1 GiB for 3B). Pinning them anew takes long.
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=keeper.pool(), capture_error_mode="thread_local")  # NCCL's thread also calls CUDA
+        try:
+            output = forward(through_layer, *inputs)
+        finally:
+            graph.capture_end()
 
     def replay(*new):
         for old, x in zip(inputs, new):
@@ -166,6 +179,21 @@ def record(forward, through_layer, inputs):
         return output
 
     return replay
+
+
+@functools.cache
+def recording_room():
+    """-> (stream, graph) for all recordings of this process, which take the same memory one after the other.
+
+    The graph is empty and keeps the memory between them, as in PyTorch's own torch/_inductor/cudagraph_trees.py.
+    """
+    stream = torch.cuda.Stream()
+    keeper = torch.cuda.CUDAGraph()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "The CUDA Graph is empty"
+        with torch.cuda.graph(keeper, stream=stream, capture_error_mode="thread_local"):
+            pass
+    return stream, keeper
 
 
 def working(forward, compiled, inputs):

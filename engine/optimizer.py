@@ -1,5 +1,7 @@
 """AdamW for bfloat16 weights, sharded over the ranks, with its state on the device or in host memory."""
 
+import mmap
+
 import torch
 
 from engine.settings import UserError
@@ -108,18 +110,30 @@ def host_room(parameters):
     """-> {p: float32 tensors of its shape, one for each name of its state}, slices of one allocation in host memory.
 
     For GPUs it is pinned, or copies would take twice as long. It is one allocation because PyTorch's own pinned memory
-    rounds each up to a power of two. Without a GPU the "host" is the parameters' own device.
+    rounds each up to a power of two. On the meta device it takes no memory either.
     """
     device = parameters[0].device
     shapes = [(p, p.shape) for p in parameters for _ in state_tensors(p)]
-    everything = torch.empty(sum(shape.numel() for _, shape in shapes), dtype=torch.float32,
-                             device="cpu" if device.type == "cuda" else device)
+    count = sum(shape.numel() for _, shape in shapes)
+    everything = torch.empty(count, device=device) if device.type == "meta" else host_memory(count)
     if device.type == "cuda":
         pin(everything)
     room = {p: [] for p in parameters}
     for (p, shape), part in zip(shapes, everything.split([shape.numel() for _, shape in shapes])):
         room[p].append(part.view(shape))
     return room
+
+
+def host_memory(count):
+    """-> (count,) float32 zeros in host memory that a process forked from this one does not have.
+
+    Linux copies pinned pages into a forked process at once, since the device goes on reading the old ones: every worker
+    that decodes videos would take as much memory as the optimiser.
+    """
+    pages = mmap.mmap(-1, 4 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_DONTFORK"):  # on Linux; elsewhere workers are spawned
+        pages.madvise(mmap.MADV_DONTFORK)
+    return torch.frombuffer(pages, dtype=torch.float32)
 
 
 def pin(x):

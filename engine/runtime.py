@@ -5,6 +5,7 @@ import datetime
 import functools
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -39,6 +40,10 @@ def setup_distributed(clip_timeout=600.0):
         sys.exit(f"Slurm started {tasks} copies of this program, which know nothing of each other; start one torchrun "
                  "on each node, as in `srun --ntasks-per-node 1 torchrun ...`.")
     cuda = torch.cuda.is_available()
+    if not cuda and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and has_gpu():
+        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built for CPUs"
+        sys.exit(f"this machine has a GPU that torch {torch.__version__} cannot use: it {built}; update the driver, or "
+                 "install the torch that fits it, or set CUDA_VISIBLE_DEVICES= to run on the CPU.")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda and device.index >= torch.cuda.device_count():
         sys.exit(f"torchrun started more processes than there are GPUs ({torch.cuda.device_count()}); lower "
@@ -54,12 +59,17 @@ def setup_distributed(clip_timeout=600.0):
             # With --max-restarts torchrun's store may hold the addresses of processes that have ended.
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, store=store, rank=rank,
-                                world_size=world_size)
+                                world_size=world_size, device_id=device if cuda else None)  # NCCL's errors come here
     except (ValueError, RuntimeError) as error:  # a variable is missing, a port is taken, MASTER_ADDR is nowhere
         reason = str(error).strip().split("\n")[0]
         sys.exit(f"the processes could not be joined ({reason}); start them with torchrun, which sets "
                  "MASTER_ADDR and its kin, or unset RANK for one.")
     return device
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU is there, whatever torch says: with too old a driver torch finds none."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
 
 
 def say(text):

@@ -1,23 +1,33 @@
 """A pretend GPU: real values on a device of its own that refuses to meet the CPU's, and counts what the host waits for.
 
 CUDA lets nothing of the CPU but single numbers take part in its operations, and makes the host wait where it asks for a
-value. A CPU shows neither. Forward passes only: the backward pass of such a device would need threads of its own.
-tests/test_devices.py runs this.
+value. A CPU shows neither. Whole iterations run here, from the clips to the optimiser's step. tests/test_devices.py
+runs this.
 """
 
 import contextlib
+from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-from shared import make_prompt, tiny_model, token_ids
+import torch.distributed as dist
+from shared import QUERIES, alone, make_prompt, tiny_model, token_ids  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+import data
 import grpo
+import invert4tvg
+from benchmarks import accept, meter, models
 from engine.attention import Prompt
+from engine.checkpoints import load_model
+from engine.clips import Item
 from engine.decoding import Decoder
+from engine.optimizer import MasterAdamW
+from engine.video import Clip
 
 aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
@@ -88,28 +98,56 @@ class Factories(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class Module(_DummyBackendModule):
+    def get_amp_supported_dtype(self):  # gradient checkpointing asks
+        return [torch.bfloat16]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    _setup_privateuseone_for_python_backend("gpu")
+    _setup_privateuseone_for_python_backend("gpu", backend_module=Module())
+
+
+class Attention(torch.autograd.Function):
+    """scaled_dot_product_attention, whose kernels are chosen below the dispatcher, on held tensors."""
+
+    @staticmethod
+    def forward(ctx, options, *inputs):
+        ctx.inputs = [x.held.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            ctx.output = attend(*ctx.inputs, **options)
+        return Pretended(ctx.output.detach())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, *map(Pretended, torch.autograd.grad(ctx.output, ctx.inputs, gradient.held))
+
+
+attend = torch.nn.functional.scaled_dot_product_attention
 
 
 @contextlib.contextmanager
 def pretending():
     """-> the list of what the host waits for."""
-    make, attend = torch.tensor, torch.nn.functional.scaled_dot_product_attention
+    def pretending_too(make):
+        def tensor(values, device=None, **options):
+            made = make(values, **options)
+            return Pretended(made) if device is not None and torch.device(device).type == "gpu" else made
 
-    def tensor(values, device=None, **options):
-        made = make(values, **options)
-        return Pretended(made) if device is not None and torch.device(device).type == "gpu" else made
+        return tensor
 
-    def attention(*args, **options):  # its kernels are chosen below the dispatcher
+    def attention(*args, **options):
         inputs = [x for x in (*args, options.get("attn_mask")) if x is not None]
         assert all(isinstance(x, Pretended) for x in inputs), "attention mixes devices"
-        held = [tree_map_only(Pretended, lambda x: x.held, x) for x in (args, options)]
-        return Pretended(attend(*held[0], **held[1]))
+        return Attention.apply(tree_map_only(Pretended, lambda x: x.held, options), *args)
+
+    def summed(x, **_):  # over the only rank
+        assert isinstance(x, Pretended), "NCCL takes no tensor of the CPU"
 
     waits.clear()
-    with (mock.patch.object(torch, "tensor", tensor), Factories(),
+    with (mock.patch.object(torch, "tensor", pretending_too(torch.tensor)), Factories(),
+          mock.patch.object(torch, "as_tensor", pretending_too(torch.as_tensor)),
+          mock.patch.object(dist, "all_reduce", summed),
           mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention)):
         yield waits
 
@@ -119,7 +157,7 @@ def moved(model):
     for module in model.modules():
         for name, p in list(module._parameters.items()):
             if p is not None:
-                module._parameters[name] = torch.nn.Parameter(Pretended(p.data), requires_grad=False)
+                module._parameters[name] = torch.nn.Parameter(Pretended(p.data), requires_grad=p.requires_grad)
         for name, x in list(module._buffers.items()):
             if x is not None:
                 module._buffers[name] = Pretended(x)
@@ -193,3 +231,112 @@ def test_the_device_notices_a_mixture_and_a_wait():
         assert ours[ours > 0].held.tolist() == [1.0] * 3
         assert ours.cpu().tolist() == [1.0] * 3
         assert len(waits) == 3
+
+
+# ------------------------------------------------------------------------------------------------ whole iterations
+
+
+class Alone(grpo.Policy):
+    """What DistributedDataParallel is with one rank."""
+
+    def no_sync(self):
+        return contextlib.nullcontext()
+
+
+def make_run(config, folder, on_device=lambda x: x, device=lambda model: model):
+    """A Run without DDP, whose tensors lie on the device that `device` and `on_device` move them to."""
+    plain, processor = load_model(folder, torch.device("cpu"))
+    plain.model.visual.requires_grad_(False)
+    reference = load_model(folder, torch.device("cpu"))[0].requires_grad_(False)
+    model = device(plain)
+    processor = processor._replace(eos=on_device(processor.eos), banned=on_device(processor.banned))
+    policy = Alone(model, processor.banned, config.temperature)
+    reference = grpo.Policy(device(reference), processor.banned, config.temperature)
+    optimizer = MasterAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2,
+                            offload=config.offload_optimizer)
+    samples = [data.Sample(f"{n}.mp4", query, 0.5, 2.0, 3.0) for n, query in enumerate(QUERIES)]
+    suits = {"vc": [True, True, False, True]}
+    sampler = data.TaskSampler(len(samples), suits, prompts=2, p=config.p, iterations=2)
+    return invert4tvg.Run(config, samples, None, sampler, model, policy, reference, processor, optimizer)
+
+
+make_generator = torch.Generator
+
+
+def iterations(run):
+    """Two of them on random frames -> (metrics without seconds, weights)."""
+    metrics = []
+    for iteration in range(2):
+        frames = np.random.default_rng(iteration).integers(0, 255, (4, 3, 28, 56), dtype=np.uint8)
+        clip = Clip(frames, np.arange(4) / 2, 2.0, 2.0)
+        items = [Item(index, task, clip) for index, task in (run.sampler.candidates(iteration, s)[0] for s in (0, 1))]
+        with mock.patch.object(invert4tvg, "random_generator", lambda *_: make_generator().manual_seed(1)):
+            metrics.append(invert4tvg.grpo_iteration(run, iteration, items, lr=1e-2))
+    values = [{name: value for name, value in row.items() if "seconds" not in name} for row in metrics]
+    return values, [p.detach() for p in run.model.parameters()]
+
+
+@pytest.mark.parametrize("changes", [{"mu": 2}, {"micro_batch": 1, "loss_reduction": "token"},
+                                     {"offload_optimizer": True}], ids=["mu", "micro-batches", "offload"])
+def test_whole_iterations_run_on_the_device_as_on_a_cpu(alone, checkpoint, tmp_path, monkeypatch, changes):  # noqa: F811
+    config = invert4tvg.Config(**{"output": str(tmp_path), "group_size": 3, "max_new_tokens": 5, "micro_batch": 2,
+                                  "p": 0.5, "save_rollouts": 0} | changes)
+    scored = iter(range(100))  # every completion is worth something else, so that the weights move
+    monkeypatch.setattr(invert4tvg.rewards, "score", lambda *args, **kwargs: {"total": float(next(scored) % 5)})
+    expected = iterations(make_run(config, checkpoint))
+    scored = iter(range(100))
+    with pretending():
+        values, weights = iterations(make_run(config, checkpoint, Pretended, moved))
+    for row, other in zip(values, expected[0], strict=True):  # gradients are added up in another order
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-6) and row["grad_norm"] > 0
+    assert all(torch.allclose(a.held, b, atol=1e-4) for a, b in zip(weights, expected[1], strict=True))
+
+
+def test_a_step_that_is_left_out_is_kept(alone, checkpoint, tmp_path):  # noqa: F811
+    config = invert4tvg.Config(output=str(tmp_path), group_size=3, max_new_tokens=5, micro_batch=2, save_rollouts=0)
+    with pretending():
+        run = make_run(config, checkpoint, Pretended, moved)
+        run.model.lm_head.weight.held[0, 0] = float("nan")
+        values, _ = iterations(run)
+    assert [row["skipped"] for row in values] == [1.0, 1.0]
+    assert (tmp_path / "skipped" / "0.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------------ the acceptance
+
+
+@pytest.fixture()
+def place(tmp_path, monkeypatch):
+    """The acceptance's place on the device: its models are moved there, and what it asks of CUDA answers nothing."""
+    def load(name, device):
+        model, processor = load_model(name, torch.device("cpu"))
+        return moved(model), processor._replace(eos=Pretended(processor.eos), banned=Pretended(processor.banned))
+
+    place = accept.Place(torch.device("gpu:0"), tmp_path, cards=1)
+    text, half, vision = models.SIZES["5m"]
+    monkeypatch.setitem(models.SIZES, "5m", (text | {"num_hidden_layers": 2}, half, vision))
+    (tmp_path / "5m").mkdir()
+    models.make_checkpoint(tmp_path / "5m", "5m", torch.device("cpu"))
+    monkeypatch.setattr(accept.checkpoints, "load_model", load)
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": make_generator())
+    for name in ("set_sync_debug_mode", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    return place
+
+
+def test_a_stage_of_the_acceptance_runs_on_the_device(place):
+    """Sampling, the packed pass, its backward pass and a step; `graphs` and `fresh_shapes` are more of the same."""
+    with pretending():
+        checks = list(accept.eager(place))
+    assert len(checks) == 4 and all(check.passed for check in checks)
+
+
+def test_the_acceptances_iterations_at_the_real_size_run_on_the_device(place, alone, monkeypatch):  # noqa: F811
+    cell = models.Cell(256, 8)
+    config = invert4tvg.Config(model=str(place.folder / "5m"), max_new_tokens=8, save_rollouts=0)
+    monkeypatch.setattr(invert4tvg, "make_run", lambda *_, **__: make_run(config, config.model, Pretended, moved))
+    device = SimpleNamespace(type="cpu")  # the meter's: it reads the memory of the process
+    with pretending():
+        prompt, measured = meter.measured_iterations(config, cell, meter.Meter(device), torch.device("gpu:0"))
+    assert len(prompt.ids) == 256 and measured["seconds"]["policy"] > measured["seconds"]["optimiser"] > 0

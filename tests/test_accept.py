@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from benchmarks import accept
-from benchmarks.accept import Check, Stage
+from benchmarks.stages import CONTEXT, Check, Stage, at_most, equal, run_stage
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="stages are forked")
 
 
 def fine(place):
-    yield accept.at_most("a number", 2.0, 3, "chosen")
+    yield at_most("a number", 2.0, 3, "chosen")
     yield Check("reported", "words")
 
 
 def failing(place):
-    yield accept.equal("a thing", 1, 2, "chosen")
+    yield equal("a thing", 1, 2, "chosen")
 
 
 def broken(place):
@@ -29,7 +29,7 @@ def broken(place):
 
 
 def hanging(place):
-    child = accept.CONTEXT.Process(target=time.sleep, args=(600,))
+    child = CONTEXT.Process(target=time.sleep, args=(600,))
     child.start()
     yield Check("child", child.pid)
     time.sleep(600)
@@ -67,14 +67,14 @@ def test_an_early_failure_ends_the_run(place, early, stages):
 
 
 def test_an_exception_fails_its_stage_in_one_line_and_leaves_its_traceback_in_the_log(place):
-    before, error = accept.run_stage(Stage(broken, "x", 60), place, 60)
+    before, error = run_stage(Stage(broken, "x", 60), place, 60)
     assert before.value == 1
     assert (error.value, error.passed) == ("ValueError: it broke", False)
     assert "in broken" in (place.folder / "broken.log").read_text()
 
 
 def test_a_stage_that_hangs_is_killed_with_all_that_it_started(place):
-    child, late = accept.run_stage(Stage(hanging, "x", 60), place, 3)
+    child, late = run_stage(Stage(hanging, "x", 60), place, 3)
     assert (late.what, late.passed) == ("in time", False)
     assert "in hanging" in (place.folder / "hanging.log").read_text()  # where it stood
     for _ in range(50):  # killed, it may wait for its new parent
@@ -85,8 +85,8 @@ def test_a_stage_that_hangs_is_killed_with_all_that_it_started(place):
 
 
 def test_numbers_that_are_no_numbers_fail():
-    assert accept.at_most("x", float("nan"), 1, "").passed is False
-    assert accept.at_most("x", 1.5, 1, "").passed is False
+    assert at_most("x", float("nan"), 1, "").passed is False
+    assert at_most("x", 1.5, 1, "").passed is False
 
 
 def test_the_deadlines_of_all_stages_fit_into_nine_minutes():

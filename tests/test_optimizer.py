@@ -7,7 +7,7 @@ import pytest
 import torch
 from shared import byte_tokenizer, tiny_model
 
-from benchmarks.memory import Storages
+from benchmarks.dry_run import Storages
 from engine import optimizer
 from engine.optimizer import MasterAdamW, clip_gradients
 from engine.settings import UserError

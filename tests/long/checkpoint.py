@@ -12,7 +12,7 @@ import time
 import tiny
 import torch
 
-from benchmarks.memory import meta_model, model_config
+from benchmarks.models import meta_model, model_config
 from engine.files import seal
 from engine.recovery import checkpoint_bytes
 
