@@ -617,10 +617,10 @@ def main():
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     else:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as train.sh
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asks without starting CUDA, which no fork survives
         if not torch.cuda.is_available():
             parser.error("torch finds no GPU here; --device cpu runs the same code at tiny size.")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as train.sh
     args.output.mkdir(parents=True, exist_ok=True)
     place = Place(torch.device(args.device), args.output.resolve(),
                   torch.cuda.device_count() if args.device == "cuda" else 0)

@@ -1,13 +1,15 @@
 """The memory budget: what it counts, against sums by hand."""
 
 import dataclasses
+import json
 import math
+import types
 
 import pytest
 import torch
 
-from benchmarks import dry_run, memory, models
-from engine.settings import parse_settings
+from benchmarks import cards, dry_run, memory, models
+from engine.settings import UserError, parse_settings
 
 GiB = 2**30
 
@@ -139,3 +141,51 @@ def test_the_command_line_prints_budget_measures_iterations_and_tokens(checkpoin
     assert "IT DOES NOT FIT" in printed and "with kl_coef = 0.0" in printed
     assert f"8 prompts an iteration: {math.ceil(2 * 100 / 8)} iterations" in printed
     assert f"worst: {8 * (64 + 120):,} prompt and {8 * 8 * 40:,} completion tokens an iteration" in printed
+
+
+SEVEN_WORDS = types.SimpleNamespace(text_config=types.SimpleNamespace(vocab_size=7))
+
+
+def test_a_mask_costs_the_bias_that_the_efficient_kernel_reads():
+    model = types.SimpleNamespace(config=SEVEN_WORDS, parameters=lambda: [])
+    q, k, v = (torch.empty(2, 4, n, 8, dtype=torch.bfloat16, device="meta") for n in (5, 13, 13))
+    mask = torch.empty(5, 13, dtype=torch.bool, device="meta")
+    with dry_run.Storages(model) as storages:
+        dry_run.gpu_attention(q, k, v, attn_mask=mask)
+        # Made: the mask's opposite, 5 x 13 bytes; the bias, 2 bytes each; padded to 16 columns, 2 bytes each. Then the
+        # first goes, and the output comes, 2 x 4 x 5 x 8 numbers.
+        assert sum(storages.peak.values()) >= 2 * 5 * 13 + 2 * 5 * 16
+
+
+def test_the_optimiser_of_the_rank_that_needs_most_counts():
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.empty(n, device="meta")) for n in (3, 5)])
+    model.config = SEVEN_WORDS
+    for p in model:
+        p.grad = torch.empty_like(p)
+    state, _ = dry_run.optimiser_memory(model, memory.Settings(world_size=2))
+    assert state == 5 * 8  # both moments of the larger one, which the first rank has; the second has 3
+
+
+def test_the_hosts_memory_is_that_of_all_processes(capsys):
+    zeros = dict.fromkeys(dry_run.ROWS, 0)
+    need = dry_run.Need({"policy": zeros}, zeros, {"optimiser, masters": 3 * GiB}, {})
+    memory.print_budget("a run", need, memory.Settings(world_size=4))
+    assert "optimiser, masters          " + f"{3:12.2f}{12:12.2f}" in capsys.readouterr().out
+
+
+def test_a_run_says_its_seconds_by_data_sheets_or_by_an_acceptance(checkpoint, tmp_path, capsys):
+    options = ["--model", str(checkpoint), "--max-pixels", str(64 * 784), "--max-new-tokens", "40", "--annotations",
+               "none", "--rows", "100", "--typical-tokens", "20"]
+    memory.report(parse_settings(memory.Settings, "", options))
+    printed = capsys.readouterr().out
+    assert all(f"  {card.name:<12}" in printed for card in cards.CARDS) and "a goal and not measured" in printed
+    values = {"device": "Mine", "decoding, GB/s read": 2.0, "policy pass, TFLOP/s": 3.0, "host link, GB/s": 4.0}
+    path = tmp_path / "acceptance.json"
+    path.write_text(json.dumps([{"what": name, "value": value} for name, value in values.items()]))
+    assert cards.measured(path)[:5] == ("Mine", 0, 2e9, 3e12, 4e9)
+    memory.report(parse_settings(memory.Settings, "", [*options, "--seconds", str(path)]))
+    printed = capsys.readouterr().out
+    assert "  Mine " in printed and "H100" not in printed
+    path.write_text("[]")
+    with pytest.raises(UserError, match="is no acceptance.json .*run `python -m benchmarks.accept` first"):
+        cards.measured(path)

@@ -24,7 +24,7 @@ import invert4tvg
 from benchmarks import accept, cards, dry_run, memory
 from engine import decoding, optimizer, recovery, runtime
 from engine.attention import Prompt
-from engine.optimizer import MasterAdamW, clip_gradients
+from engine.optimizer import MasterAdamW
 
 # ---- Names of PyTorch that run on GPUs alone
 
@@ -228,15 +228,19 @@ def test_an_offloaded_state_is_there_before_it_is_read(monkeypatch):
 
 
 class Fakes:
-    """Values of fake tensors, which have none."""
+    """FakeTensorMode, with values where the program asks for one; fake tensors have none."""
+
+    def __init__(self, truth):
+        self.truth = truth  # of each yes or no
 
     def __enter__(self):
         self.stack = contextlib.ExitStack()
         self.stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
-        # These two ask for the device first, which is not there. A mask must lie where what it selects from does.
+        # These three ask for the device first, which is not there. A mask must lie where what it selects from does.
         self.stack.enter_context(mock.patch.object(torch.Tensor, "__getitem__", lambda x, mask: (x * mask).flatten()))
-        self.stack.enter_context(mock.patch.object(torch.Tensor, "__invert__", lambda x: torch.logical_not(x)))
-        for name, value in {"item": 1.0, "__bool__": True, "__float__": 1.0, "__int__": 1, "tolist": [1.0],
+        self.stack.enter_context(mock.patch.object(torch.Tensor, "__invert__", lambda x: x.eq(0)))
+        self.stack.enter_context(mock.patch.object(torch.Tensor, "copy_", lambda x, y, **_: x))
+        for name, value in {"item": 1.0, "__bool__": self.truth, "__float__": 1.0, "__int__": 1, "tolist": [1.0],
                             "backward": None}.items():
             self.stack.enter_context(mock.patch.object(torch.Tensor, name, lambda *_, value=value: value))
         return self
@@ -275,23 +279,27 @@ def fake_run(tmp_path, **changes):
 
 @pytest.mark.parametrize("changes", [{"mu": 2}, {"loss_reduction": "token"}], ids=["mu", "token"])
 def test_an_update_and_its_checks_never_mix_devices(tmp_path, alone, changes):
-    with Fakes(), mock.patch.object(dist, "all_reduce", lambda x: None):
-        run, batches = fake_run(tmp_path, **changes)
-        invert4tvg.update(run, batches, 1e-3)
-        recovery.check_finite(run.model, types.SimpleNamespace(optim=run.optimizer))
-        clip_gradients(run.model.parameters(), 1.0)
+    with mock.patch.object(dist, "all_reduce", lambda x: None):
+        with Fakes(truth=False):  # nothing is broken
+            run, batches = fake_run(tmp_path, **changes)
+            assert invert4tvg.update(run, batches, 1e-3)["skipped"] == 0
+        with Fakes(truth=True):  # everything is finite
+            run, batches = fake_run(tmp_path)
+            run.optimizer.step()
+            recovery.check_finite(run.model, types.SimpleNamespace(optim=run.optimizer))
     assert run.optimizer.state[run.model.parameters()[0]]["master"].device.type == "cuda"
 
 
 def test_the_numbers_of_a_step_that_is_left_out_come_to_the_cpu(tmp_path, alone):
     saved = {}
-    with Fakes(), mock.patch.object(recovery, "save_file", lambda tensors, path, notes: saved.update(tensors)):
+    save = mock.patch.object(recovery, "save_file", lambda tensors, path, notes: saved.update(tensors))
+    with Fakes(truth=True), save:
         recovery.keep_batch(tmp_path, fake_run(tmp_path)[1])
     assert {x.device.type for x in saved.values()} == {"cpu"} and len(saved) == 2 * (5 + 4)
 
 
 def test_the_mode_notices_a_mixture():
-    with Fakes(), pytest.raises(RuntimeError, match="same device"):
+    with Fakes(truth=True), pytest.raises(RuntimeError, match="same device"):
         on_card(3) + torch.zeros(3)
 
 

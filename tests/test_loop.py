@@ -393,3 +393,11 @@ def test_demonstrations_without_a_single_video_are_refused(four_demonstrations, 
     with pytest.raises(SystemExit):
         demonstrated(config)
     assert "gone.jsonl: no row is left to train on" in capsys.readouterr().err
+
+
+def test_an_evaluation_in_training_answers_four_rows_at_a_time(quick):
+    with scripted("a") as calls:
+        train(quick, iterations=1, eval_every=1, eval_annotations=quick.annotations, micro_batch=1)
+    rows = [len(call.prompts) for call in calls if call.temperature == 0]
+    assert max(rows) == 4  # of thirteen: each of four in grounding, and three with a verb in each inversion
+    assert sum(rows) == 2 * (4 + 3 * 3) and len(rows) == 2 * 4

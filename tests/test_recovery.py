@@ -40,6 +40,7 @@ from shared import (
     write_lines,
     write_video,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AddedToken
 
 import invert4tvg
@@ -669,3 +670,24 @@ def test_a_short_campaign_of_mutilated_files(short, tmp_path, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="memory and descriptors are counted in /proc")
 def test_a_short_campaign_of_endurance(short, tmp_path):
     assert soak.campaign(tmp_path, iterations=12) == []
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_number_that_is_not_finite_is_seen_without_another_tensor_of_the_size(broken, dtype):
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (result if isinstance(result, tuple) else [result])
+                         if torch.is_tensor(x) and x.untyped_storage().data_ptr() != x_storage)
+            return result
+
+    x = torch.linspace(-3, 3, 1000).to(dtype)
+    x_storage = x.untyped_storage().data_ptr()
+    with Sizes():
+        assert recovery.is_finite(x)
+    assert max(sizes) == 1
+    x[617] = broken
+    assert not recovery.is_finite(x)

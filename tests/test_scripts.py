@@ -110,6 +110,13 @@ def test_charades_takes_eight_prompts_an_iteration_on_any_number_of_gpus(run, gp
     assert evaluate.endswith("--output runs/charades-7b-test --videos data/videos")
 
 
+@pytest.mark.parametrize("given, used", [({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "a:1"}, "a:1"),
+                                         ({"PYTORCH_CUDA_ALLOC_CONF": "b:2"}, "b:2")])
+def test_memory_is_kept_in_one_piece_unless_the_user_says_otherwise(run, tmp_path, given, used):
+    (tmp_path / "bin" / "torchrun").write_text('#!/bin/sh\necho "$PYTORCH_ALLOC_CONF" >> "$CALLS"\n')
+    assert run("train.sh", "charades-3b", **given)[2] == [used, used]
+
+
 @pytest.mark.parametrize("given", [["--videos", "else where"], ["--videos=else where"]])
 def test_charades_is_evaluated_where_its_videos_are(run, given):
     _, _, (train, evaluate) = run("train.sh", "charades-3b", *given, "--lr", "5e-6")
