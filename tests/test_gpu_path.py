@@ -308,7 +308,8 @@ def test_the_mode_notices_a_mixture():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 def test_a_forked_worker_has_none_of_the_optimisers_host_memory():
-    state = optimizer.host_memory(2**20)
+    p = torch.nn.Parameter(torch.zeros(2**20))
+    state = MasterAdamW([p], lr=1e-3, offload=True).state_of(p)["exp_avg"]
     state.fill_(1.0)
     shared = torch.ones(2**20)  # what a worker does inherit
 
