@@ -30,7 +30,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import data
 import engine.verbs
 import evaluate
 import grpo
@@ -295,13 +294,6 @@ def measure(settings, **changes):
 def parse(cls, *argv):
     """Settings from a command line."""
     return parse_settings(cls, "", [str(word) for word in argv])
-
-
-def demonstrated(config):
-    """What the supervised stage of `config` learns from -> a list of (query, completion, task)."""
-    found = []
-    launch(lambda config, device: found.extend(zip(*data.load_imitated(config))), config)
-    return [(sample.query, completion, task) for sample, completion, task in found]
 
 
 def write_lines(path, rows):

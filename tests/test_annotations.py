@@ -140,7 +140,7 @@ def test_a_file_with_two_excerpts_is_whole_however_long(tmp_path):
     assert excerpts(tmp_path, ("none.mp4", 2.0, 6.0, "0.5-1.5")) == [(2.0, 6.0)]  # a video that is missing
 
 
-@pytest.mark.parametrize("start, end", [(3.0, 2.0), (-1.0, 2.0), (1.0, None), (None, 2.0), (1.0, math.inf)])
+@pytest.mark.parametrize("start, end", [(3.0, 2.0), (2.0, 2.0), (-1.0, 2.0), (1.0, None), (None, 2.0), (1.0, math.inf)])
 def test_an_excerpt_that_is_none_is_refused(tmp_path, start, end):
     row = {"path": "a.mp4", "question": "a door", "answer": "0-1", "start": start, "end": end}
     (tmp_path / "rows.json").write_text(json.dumps([row]))
@@ -310,12 +310,13 @@ def test_json_lines_hold_any_kind_of_row(tmp_path):
 @pytest.mark.parametrize("late, rows, refused", [(3, 5, True), (2, 3, False), (3, 6, False), (4, 6, True)])
 def test_times_that_most_videos_do_not_have_are_taken_for_frames(late, rows, refused, tmp_path):
     document = [[f"v{n}", 30, [0, 31.1 if n < late else 31.0], "a door"] for n in range(rows)]
+    document += [["v", None, [0, 90], "a door"]] * 4  # of rows without a duration nothing is known
     (tmp_path / "rows").write_text(json.dumps(document))
     if refused:
         with pytest.raises(ValueError, match=f"rows: {late} of {rows} rows .*look like frames, not seconds"):
             load_annotations(tmp_path / "rows", "v")
     else:
-        assert len(load_annotations(tmp_path / "rows", "v")) == rows
+        assert len(load_annotations(tmp_path / "rows", "v")) == rows + 4
 
 
 def test_a_lone_surrogate_is_replaced_at_loading(tmp_path):
@@ -438,6 +439,9 @@ def test_of_several_segments_training_keeps_those_that_lie_in_the_video():
     kept, clamped, dropped = prepare_training([late, replace(late, alternatives=((11.0, 12.0),))])
     assert [(s.start, s.end, s.alternatives) for s in kept] == [(1.0, 5.0, ((8.0, 10.0),))]
     assert (clamped, named(dropped)) == (1, ": a.mp4 from 12 to 10 s")
+    backwards = replace(late, start=1.0, end=5.0, alternatives=((5.0, 3.0),))  # goes, but no end is clamped
+    twice = replace(late, start=1.0, end=12.0)  # both ends are, of one row
+    assert prepare_training([backwards, twice])[1:] == (1, [])
 
 
 # ---- Demonstrations and rollouts

@@ -39,11 +39,12 @@ def test_no_rows_is_an_error_not_a_score():
 def test_summary_by_hand():
     metrics = evaluate.summarize([
         prediction(0, iou=0.6), prediction(1, iou=0.0, span=None, format=0.0), prediction(2, iou=0.0, span=(5.0, 2.0)),
-        prediction(0, "vc", value=1.0), prediction(1, "vc", value=0.0), prediction(2, "vd", value=1.0, verbs=3.0)])
-    assert metrics["mIoU"] == pytest.approx(20.0) and metrics["R1@0.5"] == pytest.approx(100 / 3)
-    assert metrics["format"] == pytest.approx(200 / 3) and metrics["VC"] == 50.0 and metrics["VD verbs"] == 3.0
-    assert metrics["rows"] == {"tvg": 3, "vc": 2, "vd": 1}
-    assert metrics["without a span"] == 1 and metrics["reversed spans"] == 1
+        prediction(3, iou=0.0, span=(3.0, 3.0), format=0.0), prediction(0, "vc", value=1.0),
+        prediction(1, "vc", value=0.0), prediction(2, "vd", value=1.0, verbs=3.0)])
+    assert metrics["mIoU"] == pytest.approx(15.0) and metrics["R1@0.5"] == 25.0
+    assert metrics["format"] == 50.0 and metrics["VC"] == 50.0 and metrics["VD verbs"] == 3.0
+    assert metrics["rows"] == {"tvg": 4, "vc": 2, "vd": 1}
+    assert metrics["without a span"] == 1 and metrics["reversed spans"] == 1  # an empty one is none of the two
 
 
 def test_anchors_are_summarized_by_hand():
@@ -83,6 +84,8 @@ def test_rows_of_one_video_are_no_independent_evidence():
 def test_different_rows_are_not_compared():
     with pytest.raises(UserError, match="same rows"):
         evaluate.paired_bootstrap([prediction(0)], [prediction(1)])
+    with pytest.raises(UserError, match="same rows"):
+        evaluate.paired_bootstrap([prediction(0)], [prediction(0) | {"query": "another"}])
 
 
 def test_limit_spaces_rows_evenly():
@@ -199,14 +202,17 @@ def test_a_failed_start_does_not_claim_the_output_folder(settings):
 
 
 def test_unreadable_video_scores_zero_and_is_listed(settings, capsys):
-    (Path(settings.videos) / "BBB.mp4").write_bytes(b"no video")
+    mended = (Path(settings.videos) / "AAA.mp4").read_bytes()
+    (Path(settings.videos) / "BBB.mp4").write_bytes(bytes(len(mended)))  # as many bytes: they do not tell them apart
     launch(evaluate.main, settings)
     metrics = json.loads((Path(settings.output) / "metrics.json").read_text())
     assert metrics["rows"]["tvg"] == 3 and len(metrics["unreadable"]) == 1 and "BBB.mp4" in metrics["unreadable"][0]
     assert "BBB.mp4" in capsys.readouterr().out
-    shutil.copy(Path(settings.videos) / "AAA.mp4", Path(settings.videos) / "BBB.mp4")  # mended
+    (Path(settings.videos) / "BBB.mp4").write_bytes(mended)
     launch(evaluate.main, settings)
     assert not any(p["error"] for p in evaluate.read_predictions(settings.output))
+    write_lines(Path(settings.output) / "predictions.1.jsonl", [lines(settings)[0] | {"error": "a disk that was away"}])
+    assert not any(p["error"] for p in evaluate.read_predictions(settings.output))  # what was read once counts
     assert json.loads((Path(settings.output) / "metrics.json").read_text())["unreadable"] == []
 
 
@@ -256,9 +262,9 @@ def test_an_evaluation_that_measures_nothing_is_refused(settings, capsys):
 
 
 def test_rows_that_start_after_their_video_count_and_are_named(settings, capsys):
-    rows = "AAA 0.0 2.0##a red lamp.\nBBB 5.0 9.0##a person is sitting down.\n"
+    rows = "AAA 0.0 5.0##a red lamp.\nBBB 5.0 9.0##a person is sitting down.\n"  # of 4 s; the first only ends late
     Path(settings.annotations).write_text(rows, encoding="utf-8")
-    with scripted(reply("0 to 2")):
+    with scripted(reply("0 to 5")):
         metrics = measure(settings, max_new_tokens=60)
     assert metrics["rows"]["tvg"] == 2 and metrics["mIoU"] == 50.0 and metrics["format"] == 100.0
     video = Path(settings.videos) / "BBB.mp4"

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from shared import (
     banned_by,
     byte_tokenizer,
-    demonstrated,
     log_of,
     losses,
     make_config,
@@ -322,14 +321,6 @@ def test_the_samplers_own_texts_have_the_probabilities_of_the_training_pass_and_
     assert len(set(texts)) == len(texts) == 2 * 2 * 3
 
 
-def test_a_demonstration_keeps_its_text_and_task_where_another_ones_video_is_missing(four_demonstrations, tmp_path):
-    rows = [{"video": name, "query": f"query {name}", "start": 0, "end": 2, "task": task, "completion": f"text {name}"}
-            for name, task in (("GONE", "tvg"), ("AAA", "vc"), ("BBB", "vd"))]
-    config = dataclasses.replace(four_demonstrations, demonstrations=write_lines(tmp_path / "three.jsonl", rows),
-                                 allow_missing_videos=True)
-    assert demonstrated(config) == [("query aaa", "text AAA", "vc"), ("query bbb", "text BBB", "vd")]
-
-
 def test_an_evaluation_of_an_earlier_run_is_not_taken_for_this_ones(quick):
     folder = Path(quick.output) / "eval-000000"
     folder.mkdir(parents=True)
@@ -384,12 +375,3 @@ def test_entropy_is_a_mean_over_tokens_alone(quick):
         train(quick, temperature=1e6)
     allowed = len(byte_tokenizer()) - len(banned_by(quick.model))
     assert log_of(quick.output)[0]["entropy"] == pytest.approx(math.log(allowed), abs=1e-4)
-
-
-def test_demonstrations_without_a_single_video_are_refused(four_demonstrations, tmp_path, capsys):
-    row = {"video": "GONE", "query": "person runs", "start": 0, "end": 2, "task": "vd", "completion": "text"}
-    config = dataclasses.replace(four_demonstrations, demonstrations=write_lines(tmp_path / "gone.jsonl", [row]),
-                                 allow_missing_videos=True)
-    with pytest.raises(SystemExit):
-        demonstrated(config)
-    assert "gone.jsonl: no row is left to train on" in capsys.readouterr().err

@@ -56,6 +56,19 @@ def test_adapters_alone_are_trained_and_lie_in_the_language_model(model):
     by_hand = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
     assert sum(p.numel() for p in trained.values()) == by_hand
     assert sum(p.numel() for p in model.parameters()) == before + by_hand
+    for name, p in trained.items():  # A is even between -1 and 1 over the root of its width, 32 or 64; B begins at 0
+        most = p.abs().max() * p.shape[1]**0.5
+        assert 0.9 < most <= 1 if name.endswith("lora_a") else most == 0, name
+
+
+def test_adapters_begin_with_the_noise_of_the_seed(tokenizer):
+    noises = []
+    for seed in (1, 1, 2):
+        model = tiny_model(tokenizer)
+        add_adapters(model, invert4tvg.Config(lora_rank=4, seed=seed))
+        noises.append([layer.lora_a for layer in model.modules() if isinstance(layer, Adapted)])
+    assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in zip(*noises))
+    assert not torch.equal(noises[0][0], noises[0][3])  # each layer has its own: queries and output of one shape
 
 
 def test_the_targets_are_a_setting(model):

@@ -34,10 +34,11 @@ def test_a_card_shows_the_runs_own_newest_measurement_until_then(config, tmp_pat
     # eval-best is the user's; the run was interrupted after iteration 9 and goes on from an earlier checkpoint
     for name in ("eval-000004", "eval-000009", "eval-best"):
         (tmp_path / "run" / name).mkdir(parents=True)
-        (tmp_path / "run" / name / "metrics.json").write_text(json.dumps({"mIoU": len(name) + 0.5}))
+        (tmp_path / "run" / name / "metrics.json").write_text(json.dumps({"mIoU": 10.0 + ord(name[-1])}))
     progress = {"iteration": 8, "iterations": 20, "prompts": 2}
     assert "Measured at iteration 4 on" in model_card(config, progress)
-    assert "Measured at iteration 9 on" in model_card(config, progress | {"iteration": 9})
+    card = model_card(config, progress | {"iteration": 9})
+    assert "Measured at iteration 9 on" in card and f"| mIoU | {10 + ord('9'):.1f} |" in card
     assert "Nothing was measured" in model_card(config, progress | {"iteration": 3})
 
 

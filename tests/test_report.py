@@ -18,7 +18,7 @@ from engine.settings import UserError
 from evaluate import paired_bootstrap
 from report import __main__ as program
 from report import analysis, curves, runs, strips
-from report.page import latest, make_page, marked
+from report.page import latest, make_page, marked, shade
 
 # ------------------------------------------------------------------------------------------------ numbers by hand
 
@@ -41,6 +41,17 @@ def test_a_thinned_curve_keeps_its_peaks_and_its_order():
     shown, values = curves.thin(x, y)
     assert len(shown) <= curves.POINTS and (np.diff(shown) > 0).all()
     assert dict(zip(shown, values))[1234] == 7 and dict(zip(shown, values))[2345] == -7
+
+
+def test_what_is_left_of_an_iterations_seconds_is_the_updates():
+    row = {"seconds": 10.0, "wait_seconds": 2.0, "rollout_seconds": 5.0}
+    assert curves.with_update_seconds([row, row | {"wait_seconds": None}]) == [
+        row | {"update_seconds": 3.0}, row | {"wait_seconds": None}]
+
+
+def test_a_completion_is_green_above_its_group_and_red_below_the_stronger_the_further():
+    for advantage, colour in ((1.25, "good) / 0.50"), (-1.25, "bad) / 0.50"), (9, "good) / 1.00")):
+        assert f"border-color:rgb(var(--{colour})" in shade(advantage)
 
 
 def test_thirds_by_hand():
@@ -220,12 +231,15 @@ def test_groups_flags_and_advantages_by_hand(tmp_path):
 
 
 def test_few_iterations_of_many_are_read_and_few_groups_of_many_shown(tmp_path):
-    rows = [rollout(i, n, n, kl=1.0 if i == 2999 else 0.1) for i in range(3000) for n in range(2)]
+    rows = [rollout(i, n, n, kl=i / 3000 if i < 300 else 0.01) for i in range(3000) for n in range(2)]
     write_lines(tmp_path / "rollouts.0.jsonl", rows)
     groups = runs.read_groups(tmp_path, 2)
     assert len(groups) == runs.MAX_ITERATIONS and (groups[0].iteration, groups[-1].iteration) == (2999, 0)
     chosen = runs.choose_groups(groups, most=20)
-    assert len(chosen) <= 20 and groups[0] in chosen
+    highest = sorted(groups, key=lambda group: -group.kl())[:5]
+    assert highest[-1].kl() > 0.01 and all(group in chosen for group in highest)  # those that few iterations have
+    assert len(chosen) <= 20 and chosen == [group for group in groups if group in chosen]  # the newest first
+    assert groups[0] in chosen and groups[-1] in chosen
 
 
 def test_what_differs_between_runs():

@@ -5,11 +5,13 @@ import datetime
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ import torch.multiprocessing
 from shared import ROOT
 
 from engine import runtime
+from engine.clips import _start_method
 from engine.progress import progress
 from engine.runtime import (
     Log,
@@ -282,6 +285,29 @@ def test_one_signal_asks_to_stop_and_a_second_is_left_to_the_system(number, alon
         assert signal.getsignal(each) == signal.SIG_DFL
 
 
+def test_a_closed_terminal_does_not_stop_what_nohup_has_started(alone):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopSignal()
+    signal.raise_signal(signal.SIGHUP)
+    assert not stop.on_any_rank(alone)
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.on_any_rank(alone) and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_no_worker_outlives_its_program(tmp_path):
+    workers = []
+
+    def program(settings, device):
+        workers.append(multiprocessing.get_context(_start_method()).Process(target=time.sleep, args=(60,)))
+        workers[0].start()
+        raise UserError("It is wrong.")
+
+    with pytest.raises(SystemExit):
+        launch(program, Config(output=str(tmp_path)))
+    workers[0].join(10)
+    assert workers[0].exitcode == -signal.SIGKILL
+
+
 def test_the_end_of_torchrun_asks_to_stop_too(alone, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     stop = StopSignal()
@@ -304,12 +330,14 @@ def test_random_numbers_depend_on_their_stream_alone():
 
 
 def test_group_metrics_by_hand():
-    scores = [{"format": f, "iou": i, "total": f + i} for f, i in ((1.0, 0.5), (0.0, 0.0), (1.0, 0.25), (1.0, 0.25))]
+    parts = ((1.0, 0.5, 0.0), (0.0, 0.0, 0.0), (1.0, 0.25, 3.0), (1.0, 0.25, 4.0))
+    scores = [{"format": f, "iou": i, "total": f + i, "anchors": a} for f, i, a in parts]  # the last one only logged
     metrics = group_metrics("tvg", scores, G=2)
     assert metrics["tvg/format"] == 0.75 and metrics["tvg/iou"] == 0.25 and metrics["tvg/total"] == 1.0
     assert metrics["tvg/format_std"] == pytest.approx(0.5**0.5 / 2)  # of 1, 0 and of 1, 1
     assert metrics["tvg/total_std"] == pytest.approx(1.5 * 0.5**0.5 / 2)
-    assert metrics["zero_spread"] == 0.5 and len(metrics) == 7
+    assert metrics["zero_spread"] == 0.5 and len(metrics) == 9  # the totals of the second group are equal
+    assert group_metrics("tvg", scores[:2] * 2, G=2)["zero_spread"] == 0  # those of none, though all anchors are
 
 
 def test_metrics_are_averaged_over_those_that_have_them():
