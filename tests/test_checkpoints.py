@@ -1,5 +1,6 @@
 """engine/checkpoints.py: models that cannot be loaded, runs that go on, and runs that are refused."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import invert4tvg
 from engine import checkpoints
-from engine.checkpoints import load_model, load_optimizer, newest_checkpoint
+from engine.annotations import Sample
+from engine.checkpoints import load_model, load_optimizer, newest_checkpoint, note_origin
 from engine.optimizer import MasterAdamW
 from engine.runtime import StopSignal
 from engine.settings import changed_options, option
@@ -141,7 +143,9 @@ def test_only_the_newest_checkpoints_are_kept(config):
 
 def test_a_finished_run_is_left_as_it_is_and_loads_no_model(config, monkeypatch, capsys):
     changes = {"iterations": 1, "eval_every": 1, "eval_limit": 1, "eval_annotations": config.annotations}
-    train(config, **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "on_any_rank", lambda self, device: True)  # in the last iteration: that is the end
+        train(config, **changes)
     log = (Path(config.output) / "metrics.jsonl").read_text()
     monkeypatch.setattr(checkpoints, "load_model", None)
     monkeypatch.setattr(invert4tvg.data, "load_training", None)
@@ -216,7 +220,23 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(config, tmp_path, monkeypatch
     assert [row["iteration"] for row in log_of(config.output)] == list(range(done + 1))
 
 
-def test_the_configuration_is_noted_beside_the_log(config):
+def test_the_configuration_is_noted_beside_the_log_and_what_a_crash_left_is_removed(config):
+    partial = Path(config.output) / "checkpoint-000007.partial"
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").touch()
     train(config, iterations=1, lr=1e-5)
     noted = json.loads((Path(config.output) / "config.json").read_text(encoding="utf-8"))
     assert changed_options(noted, config) == ["--lr", "--iterations"]
+    assert not partial.exists()
+
+
+def test_what_a_run_learns_from_is_told_by_every_field_of_its_rows_by_completions_and_by_tasks(config):
+    sample = Sample("videos/a.mp4", "q", 0.0, 1.0)
+
+    def digest(completions=("x",), tasks=("vd",), **changes):
+        return note_origin(config, None, [dataclasses.replace(sample, **changes)], completions, tasks)["rows"]
+
+    changes = [{"video": "videos/b.mp4"}, {"query": "p"}, {"start": 0.5}, {"end": 2.0}, {"excerpt": (0.0, 4.0)},
+               {"alternatives": ((2.0, 3.0),)}, {"completions": ("y",)}, {"tasks": ("vc",)}]
+    assert len({digest(), *(digest(**change) for change in changes)}) == 1 + len(changes)
+    assert digest(video="elsewhere/a.mp4") == digest()  # the same file in another folder

@@ -295,11 +295,20 @@ def test_missing_videos_are_an_error_unless_allowed(settings, capsys):
 
 
 def test_against_prints_both_and_the_interval(settings, capsys):
+    settings = dataclasses.replace(settings, tvg_reward="anchors", tasks=("tvg", "vc"))
     other = dataclasses.replace(settings, output=settings.output + "-other")
     launch(evaluate.main, other)
     launch(evaluate.main, dataclasses.replace(settings, against=other.output))
     table = capsys.readouterr().out.split("difference")[1]
-    assert "mIoU" in table and "VC" in table and "+0.0" in table
+    assert "mIoU" in table and "VC" in table and "+0.0" in table and "2-4 anchors" in table
+    file = Path(settings.annotations)
+    rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(rows[:2]), encoding="utf-8")  # what both hold of a row that is gone does not count
+    launch(evaluate.main, dataclasses.replace(settings, against=other.output))
+    file.write_text("".join([*rows[:2], "BBB 1.0 3.0##a person is sitting down.\n"]), encoding="utf-8")
+    with pytest.raises(SystemExit):  # nor what the other measured by other times
+        launch(evaluate.main, dataclasses.replace(settings, against=other.output))
+    assert "do not hold the same rows" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         launch(evaluate.main, dataclasses.replace(settings, against=settings.output + "-nothing"))
     assert "-nothing: holds no predictions" in capsys.readouterr().err

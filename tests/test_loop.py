@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,8 @@ from shared import (
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import data
+import grpo
+import invert4tvg
 import rewards
 from engine.annotations import load_demonstrations
 from engine.checkpoints import newest_checkpoint
@@ -307,6 +310,40 @@ def test_a_trained_tower_moves_in_the_supervised_stage_too(four_demonstrations):
 
 
 # ------------------------------------------------------------------------------------------------ around the updates
+
+
+def test_an_iterations_seconds_are_those_of_waiting_of_sampling_rewards_and_reference_and_of_the_update(
+        quick, four_demonstrations, monkeypatch, tmp_path):
+    # By this clock a video takes 1000 s, sampling 10, a reward 1, the reference's passes 100, and the update 10,000.
+    clock, asked = [0], []
+
+    def takes(seconds, function):
+        def timed(*args, **kwargs):
+            clock[0] += seconds
+            return function(*args, **kwargs)
+
+        return timed
+
+    def read_ahead(clips, batches, *rest):
+        asked.append(rest)
+        batches = plain(clips, batches, 0, 60.0)
+        while True:
+            clock[0] += 1000
+            yield next(batches)
+
+    plain = invert4tvg.read_ahead
+    monkeypatch.setattr(invert4tvg, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(invert4tvg, "read_ahead", read_ahead)
+    for module, name, seconds in ((rewards, "score", 1), (invert4tvg, "micro_batches", 100),
+                                  (invert4tvg, "update", 10_000)):
+        monkeypatch.setattr(module, name, takes(seconds, getattr(module, name)))
+    with scripted(*ANSWERS), monkeypatch.context() as patch:
+        patch.setattr(grpo, "sample_group", takes(10, grpo.sample_group))
+        (row,) = log_of(train(quick, kl_coef=0.1, workers=3, clip_timeout=7.0))  # two prompts, three answers each
+    assert asked == [(3, 7.0)]
+    assert [row[f"{name}seconds"] for name in ("wait_", "rollout_", "")] == [1000, 10 + 6 + 100, 11_116]
+    (row,) = log_of(train(four_demonstrations, output=str(tmp_path / "supervised")))
+    assert [row[f"{name}seconds"] for name in ("wait_", "rollout_", "")] == [1000, 100, 11_100]
 
 
 def test_the_samplers_own_texts_have_the_probabilities_of_the_training_pass_and_new_noise_each_time(quick, tmp_path):

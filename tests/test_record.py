@@ -69,6 +69,18 @@ def test_a_missing_key_of_wandb_is_one_sentence(config, monkeypatch):
         open_boards(dataclasses.replace(config, log_to=("wandb",)), 0)
 
 
+def test_a_run_that_goes_on_keeps_its_curves_at_wandb_however_its_folder_is_written(config, monkeypatch, tmp_path):
+    runs = []
+    package = SimpleNamespace(init=lambda **settings: runs.append(settings), Error=OSError)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.setattr(record, "finishers", [])
+    monkeypatch.chdir(tmp_path)
+    for output in ("run", str(tmp_path / "run"), "other/../run", "other/run"):
+        open_boards(dataclasses.replace(config, output=output, log_to=("wandb",)), 0)
+    assert [run["name"] for run in runs] == ["run"] * 4 and runs[0]["config"]["lr"] == config.lr
+    assert len({run["id"] for run in runs[:3]}) == 1 and runs[3]["id"] != runs[0]["id"]
+
+
 def test_boards_get_every_line_of_the_log(config, monkeypatch):
     shown = []
 

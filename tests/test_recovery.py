@@ -181,6 +181,7 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew(finished, tmp_path, ca
     message = refusal(capsys, config)
     assert "no checkpoint there is whole" in message and "model.safetensors" in message
     assert (Path(config.output) / "metrics.jsonl").read_text() == before
+    assert {path.name for path in Path(config.output).glob("checkpoint*")} == {"checkpoint-000001", "checkpoint-000002"}
 
 
 def test_old_checkpoints_go_only_when_the_new_one_is_complete(quick, monkeypatch):
@@ -257,6 +258,22 @@ def test_ten_steps_in_a_row_without_a_finite_gradient_stop_the_run(quick, capsys
         assert batch.metadata()["iteration"] == "14" and "AAA" in batch.metadata()["videos"] + "AAA"
         assert batch.get_tensor("0.ids").shape == batch.get_tensor("0.mask").shape
         assert batch.get_tensor("0.prompt0.patches").shape[1] == 1176
+
+
+def test_the_batches_of_a_step_that_was_left_out_are_kept_whole(alone, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(now, "iteration", 7)
+    monkeypatch.setattr(now, "videos", ("a.mp4", "b.mp4"))
+    names = ("ids", "mask", "advantages", "sampler_logps", "ref_logps")
+    given = [dict(zip(names, torch.rand(5, 4, 3))) for _ in range(2)]
+    recovery.keep_batch(tmp_path, [invert4tvg.Batch(prompts=prompts, features=None, **given[0]),
+                                   invert4tvg.Batch(prompts=prompts[:1], features=None, **given[1])])
+    expected = {f"{number}.{name}": value for number in (0, 1) for name, value in given[number].items()}
+    for place, prompt in (("0.prompt0", prompts[0]), ("0.prompt1", prompts[1]), ("1.prompt0", prompts[0])):
+        expected |= {f"{place}.{name}": value for name, value in prompt._asdict().items()}
+    with safe_open(tmp_path / "skipped" / "0.safetensors", "pt") as kept:
+        assert kept.metadata() == {"iteration": "7", "videos": '["a.mp4", "b.mp4"]'}
+        assert set(kept.keys()) == expected.keys()
+        assert all(torch.equal(kept.get_tensor(name), value) for name, value in expected.items())
 
 
 def test_a_batch_that_cannot_be_kept_is_one_sentence(quick, capsys):

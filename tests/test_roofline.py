@@ -1,10 +1,13 @@
 """engine/roofline.py: bytes and operations by hand, and what a run prints and logs of its time."""
 
+import shutil
+
 import pytest
 import torch
 from shared import log_of, tiny_model, train
 
 from engine import roofline
+from engine.checkpoints import newest_checkpoint
 
 
 @pytest.fixture()
@@ -56,8 +59,11 @@ def test_a_run_prints_its_floor_once_and_logs_where_its_time_goes(config, capsys
 
 
 def test_what_a_run_leaves_out_is_not_announced(config, capsys):
-    train(config, iterations=2, kl_coef=0.0)
+    train(config, iterations=2, kl_coef=0.0, save_every=1)
     printed = capsys.readouterr().out
     assert "reference" not in printed.split("takes at least")[1].split(")")[0]
+    shutil.rmtree(newest_checkpoint(config.output))
+    train(config, iterations=2, kl_coef=0.0)
+    assert "; 1 take " in capsys.readouterr().out  # of two, one is left
     train(config, iterations=2, kl_coef=0.0)  # finished: nothing is announced
     assert "takes at least" not in capsys.readouterr().out

@@ -2,9 +2,11 @@
 
 import dataclasses
 import datetime
+import functools
 import importlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -21,8 +23,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 from shared import ROOT
 
-from engine import runtime
+from engine import recovery, runtime
 from engine.clips import _start_method
+from engine.files import seal
 from engine.progress import progress
 from engine.runtime import (
     Log,
@@ -32,9 +35,11 @@ from engine.runtime import (
     group_metrics,
     launch,
     now,
+    on_rank_0,
     random_generator,
     say,
     setup_distributed,
+    together,
 )
 from engine.settings import UserError, changed_options, flag, option, parse_settings
 from engine.video import VideoError
@@ -411,15 +416,52 @@ def test_what_is_inherited_is_checked_together_with_what_is_given(capsys):
     assert "--min-frame-pixels 800 is above --max-frame-pixels 784" in capsys.readouterr().err
 
 
-def stop_one_of_two(rank, folder):
-    """Rank `rank` of two, of which the second has caught a signal, notes whether it stops."""
+def as_one_of_two(rank, folder):
+    """Rank `rank` of two, on which everything differs, notes what both decide."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    cpu = torch.device("cpu")
+    found = {}
     stop = StopSignal()
     stop.caught = rank == 1
-    (folder / str(rank)).write_text(str(stop.on_any_rank(torch.device("cpu"))), encoding="utf-8")
+    found["stops"] = stop.on_any_rank(cpu)
+    found["finite"] = recovery.finite_everywhere([1.0, math.nan if rank == 1 else 1.0], cpu)
+    for ahead in (0, 1):  # the clock of one has gone on for four minutes
+        clock = iter([0.0, 240.0 * (rank == ahead), 240.0])
+        recovery.time = SimpleNamespace(monotonic=functools.partial(next, clock))
+        saves = recovery.Saves(recovery.Saving(save_minutes=3.0), 100, cpu)
+        found[f"due by the clock of {ahead}"] = saves.are_due(1, {"skipped": 0.0}, False)
+
+    def fail():
+        raise UserError(f"It is wrong on rank {rank}.")
+
+    for name, function in (("together", lambda: together(fail if rank == 1 else lambda: None)),
+                           ("on rank 0", lambda: on_rank_0(fail))):
+        try:
+            function()
+        except UserError as error:
+            found[name] = str(error)
+    found["newest"] = recovery.newest_whole(folder).name
+    (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def test_a_signal_to_one_process_stops_both(tmp_path):
-    torch.multiprocessing.start_processes(stop_one_of_two, (tmp_path,), nprocs=2, start_method="fork")
-    assert [(tmp_path / str(rank)).read_text(encoding="utf-8") for rank in (0, 1)] == ["True", "True"]
+def test_what_one_of_two_processes_sees_both_decide(tmp_path):
+    # The newest checkpoint is damaged in the file that rank 0 reads, the one before it in that of rank 1.
+    for number, damaged in ((1, ""), (2, "b"), (3, "a")):
+        folder = tmp_path / f"checkpoint-{number:06d}"
+        folder.mkdir()
+        for name in "ab":
+            (folder / name).write_text("whole")
+        (folder / "manifest.json").write_text(json.dumps({"files": seal(sorted(folder.iterdir()))}))
+        if damaged:
+            (folder / damaged).write_text("wrong")  # of the same size
+    (tmp_path / "checkpoint-000002.damaged").mkdir()  # an earlier one of that name
+    torch.multiprocessing.start_processes(as_one_of_two, (tmp_path,), nprocs=2, start_method="fork")
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) == {
+            "stops": True, "finite": False, "due by the clock of 0": True, "due by the clock of 1": False,
+            "together": "It is wrong on rank 1.", "on rank 0": "It is wrong on rank 0.", "newest": "checkpoint-000001"}
+    assert {path.name for path in tmp_path.glob("checkpoint*")} == {
+        "checkpoint-000001", "checkpoint-000002.damaged", "checkpoint-000003.damaged"}
+    assert (tmp_path / "checkpoint-000002.damaged" / "b").read_text() == "wrong"  # it takes the earlier one's place

@@ -70,7 +70,8 @@ ENGLISH = ["person opening box", "a person sneezes", "women ride a jetski togeth
 OTHERS = ["öffnet die tür", "die person öffnet die tür", "ein mann rennt in den raum", "una persona abre la puerta",
           "un uomo apre la porta", "une personne ouvre la porte", "een man opent de deur", "osoba otwiera drzwi",
           "человек открывает дверь", "人が扉を開ける", "一个人打开门", "person 人が扉を開ける now", "开门",
-          "व्यक्ति दरवाजा खोलता है", "aadmi darwaza kholta hai", "la persona abre", "người đàn ông mở cửa", "a person opens the дверь now"]
+          "व्यक्ति दरवाजा खोलता है", "aadmi darwaza kholta hai", "la persona abre", "người đàn ông mở cửa",
+          "a person opens the дверь now"]
 
 
 def test_english_is_told_from_other_languages():
