@@ -261,6 +261,17 @@ def test_a_fingerprint_sees_one_changed_number(copy):
     before = fingerprint(copy)
     change_weights(copy, lambda weights: {k: v + 1e-3 if k == "lm_head.weight" else v for k, v in weights.items()})
     assert fingerprint(copy) != before
+    # One weight may have several megabytes, and one model several files; the optimiser's are none of its weights.
+    seen = {fingerprint(copy)}
+    for number, place in ((2, 0), (2, 2**21), (2, 2**22 - 1), (3, 0)):
+        name = f"model-{number}.safetensors"
+        content = bytearray((copy / name).read_bytes() if (copy / name).exists() else bytes(2**22))
+        content[place] = 1
+        (copy / name).write_bytes(content)
+        seen.add(fingerprint(copy))
+    assert len(seen) == 5
+    (copy / "optimizer.0.safetensors").write_bytes(b"its state")
+    assert fingerprint(copy) in seen
 
 
 # ---- Evaluations

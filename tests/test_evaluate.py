@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from shared import measure, reply, scripted, write_lines, write_video
 
+import data
 import evaluate
 import rewards
 from engine import predictions
@@ -214,6 +215,20 @@ def test_unreadable_video_scores_zero_and_is_listed(settings, capsys):
     write_lines(Path(settings.output) / "predictions.1.jsonl", [lines(settings)[0] | {"error": "a disk that was away"}])
     assert not any(p["error"] for p in evaluate.read_predictions(settings.output))  # what was read once counts
     assert json.loads((Path(settings.output) / "metrics.json").read_text())["unreadable"] == []
+
+
+def test_a_prediction_is_of_its_row_while_video_query_and_times_are_the_same(tmp_path):
+    sample = data.Sample(str(tmp_path / "a.mp4"), "q", 0.0, 1.0, excerpt=(2.0, 6.0), alternatives=((2.0, 3.0),))
+    Path(sample.video).write_bytes(b"a video")
+    noted = {"row": 0} | json.loads(json.dumps(predictions.identity(sample)))
+    (tmp_path / "moved").mkdir()
+    moved = dataclasses.replace(sample, video=shutil.copy(sample.video, tmp_path / "moved"))
+    assert predictions.answers(noted, [sample]) and predictions.answers(noted, [moved])
+    for change in ({"query": "p"}, {"start": 0.5}, {"end": 2.0}, {"excerpt": (2.0, 7.0)}, {"alternatives": ()}):
+        assert not predictions.answers(noted, [dataclasses.replace(sample, **change)]), change
+    assert not predictions.answers(noted | {"row": 1}, [sample])
+    Path(moved.video).write_bytes(b"another video")
+    assert not predictions.answers(noted, [moved])
 
 
 def test_metrics_of_a_part_do_not_pass_for_those_of_all(settings, monkeypatch, capsys):
@@ -468,10 +483,14 @@ def test_each_completion_is_written_under_its_own_row_also_beside_an_unreadable_
                      (2, 0, [2, 4], 1), (2, 1, [3, 4], 0.5)]
 
 
-def test_a_batch_may_hold_two_tasks_of_one_row(settings):
+def test_a_batch_may_hold_two_tasks_of_one_row_and_takes_one_worker_of_three(settings, monkeypatch):
+    asked, read_ahead = [], evaluate.read_ahead
+    monkeypatch.setattr(evaluate, "read_ahead", lambda clips, batches, *rest: (
+        asked.append(rest) or read_ahead(clips, batches, 0, 60.0)))
     texts = [reply(text) for text in ("opens", "sitting", "person opens it", "a person sits")]
     with scripted(*texts):
-        measure(settings, tasks=("ar", "vd"), micro_batch=4, max_new_tokens=60)
+        measure(settings, tasks=("ar", "vd"), micro_batch=4, max_new_tokens=60, workers=3, clip_timeout=7.0)
+    assert asked == [(1, 7.0)]
     found = [(p["row"], p["task"], p["completion"]) for p in lines(settings)]
     assert found == [(0, "ar", texts[0]), (2, "ar", texts[1]), (0, "vd", texts[2]), (2, "vd", texts[3])]
 
