@@ -233,30 +233,21 @@ def test_a_malformed_row_is_refused_by_file_and_place(text, tmp_path):
     assert not PYTHONS_WORDS.search(str(error.value))
 
 
-# What files in other formats are called; the files are as their tools write them.
-FOREIGN = {
-    '[{"id": 1, "clip": "a", "caption": "b"}]': "a JSON list of objects with the keys id, clip, caption",
-    '{"info": {}, "images": [], "annotations": []}': "a JSON object with the keys info, images, annotations",
-    '{"a": {"subset": "val", "url": "x"}}': "a JSON object of objects with the keys subset, url",
-    '{"id": 1, "clip": "a"}\n{"id": 2, "clip": "b"}': "JSON lines of objects with the keys id, clip",
-    "video,start,end,query\na,0,1,a door": 'a CSV header ("video,start,end,query")',
-    "a\t0.0\t1.5\ta door": 'a CSV row ("a 0.0 1.5 a door")',
-    "WEBVTT\n\n00:01.000 --> 00:04.000\nA door.": 'text that begins with "WEBVTT"',
-    "[[1, 2], [3, 4]]": "a JSON list of lists",
-    "[5]": "a JSON list of single values",
-    json.dumps([dict.fromkeys("abcdefghij")]): "a JSON list of objects with the keys a, b, c, d, e, f, g, h, ...",
-}
 PYTHONS_WORDS = re.compile("object has no|unpack|not subscriptable|NoneType|convert string|argument|indices|Error")
 
 
-@pytest.mark.parametrize("text", FOREIGN)
-def test_a_file_in_another_format_is_refused_by_what_it_holds(text, tmp_path):
+@pytest.mark.parametrize("text, holds", [
+    ('[{"id": 1, "clip": "a", "caption": "b"}]', "objects .* id, clip, caption"), ("[[1, 2], [3, 4]]", "lists"),
+    ('{"info": {}, "images": []}', "info, images"), ('{"a": {"subset": "val"}}', "object of objects .* subset"),
+    ('{"id": 1}\n{"id": 2}', "lines"), ("video,start,end\na,0,1", "CSV header"), ("a\t0.0\t1.5", "CSV row"),
+    ("WEBVTT\n\n00:01.000 --> 00:04.000\nA door.", "text"), ("[5]", "single values")])
+def test_a_file_in_another_format_is_refused_by_what_it_holds(text, holds, tmp_path):
     (tmp_path / "rows").write_text(text)
-    with pytest.raises(ValueError, match="read are Charades-STA txt .*TACoS") as error:
+    with pytest.raises(ValueError, match=f"rows.*holds .*{holds}.*, which is no format") as error:
         load_annotations(tmp_path / "rows", "v")
-    sentence = str(error.value)
-    assert f"holds {FOREIGN[text]}, which is no format" in sentence
-    assert sentence.count("\n") == 0 and not PYTHONS_WORDS.search(sentence)
+    assert "\n" not in str(error.value) and not PYTHONS_WORDS.search(str(error.value))
+
+
 
 
 OTHERS = {

@@ -2,14 +2,10 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from shared import log_of, train, weights_of, write_share
@@ -21,7 +17,7 @@ from engine.annotations import Sample
 from engine.checkpoints import load_model, load_optimizer, newest_checkpoint, note_origin
 from engine.optimizer import MasterAdamW
 from engine.runtime import StopSignal
-from engine.settings import changed_options, option
+from engine.settings import changed_options
 
 CPU = torch.device("cpu")
 
@@ -136,11 +132,6 @@ def test_a_run_that_goes_on_equals_an_uninterrupted_one_bit_for_bit(lively):
     assert rollouts.read_text() == written
 
 
-def test_only_the_newest_checkpoints_are_kept(config):
-    train(config, save_every=1, keep=2, p=1.0)
-    assert sorted(p.name for p in Path(config.output).glob("checkpoint*")) == ["checkpoint-000003", "checkpoint-000004"]
-
-
 def test_a_finished_run_is_left_as_it_is_and_loads_no_model(config, monkeypatch, capsys):
     changes = {"iterations": 1, "eval_every": 1, "eval_limit": 1, "eval_annotations": config.annotations}
     with monkeypatch.context() as patch:
@@ -194,30 +185,6 @@ def test_a_damaged_run_is_named(config, capsys, name, monkeypatch):
             train(config, iterations=2)
     (Path(config.output) / name).write_text("damaged}\n")
     assert name.split("/")[-1] in refusal(capsys, config, iterations=2)
-
-
-def test_ctrl_c_saves_and_the_same_command_goes_on(config, tmp_path, monkeypatch, capsys):
-    argv = ["invert4tvg.py", "--workers", "1", "--iterations", "100000"]
-    for name in ("model", "annotations", "videos", "output", "max_new_tokens", "group_size"):
-        argv += [option(name), str(getattr(config, name))]
-    pids = tiny.start(argv, tmp_path / "output.txt", function=tiny.be_program)
-    log = Path(config.output) / "metrics.jsonl"
-    while tiny.runs(pids[0]) and not (log.exists() and log.read_text().count("\n") > 1):
-        time.sleep(0.1)
-    os.killpg(pids[0], signal.SIGINT)  # a terminal sends it to the workers too
-    status = tiny.wait(pids)
-    said = (tmp_path / "output.txt").read_text()
-    assert status == [130] and "the same command goes on" in said and "Traceback" not in said, said
-    assert not tiny.left_behind(pids[0])
-    done = int(newest_checkpoint(config.output).name.split("-")[1])
-    assert len(log_of(config.output)) == done
-    given = {name: getattr(config, name)
-             for name in ("model", "annotations", "videos", "output", "max_new_tokens", "group_size")}
-    monkeypatch.setattr(StopSignal, "on_any_rank", lambda self, device: True)  # after one more iteration
-    with pytest.raises(SystemExit) as stop:
-        train(invert4tvg.Config(**given, iterations=100000, workers=0))
-    assert stop.value.code == 130 and "going on from" in capsys.readouterr().out
-    assert [row["iteration"] for row in log_of(config.output)] == list(range(done + 1))
 
 
 def test_the_configuration_is_noted_beside_the_log_and_what_a_crash_left_is_removed(config):

@@ -131,13 +131,6 @@ def test_a_root_that_holds_weights_is_the_model_whatever_stands_beside_them(copy
     assert find_model(copy) == copy
 
 
-def test_a_runs_folder_is_its_newest_checkpoint(copy, tmp_path):
-    for name in ("checkpoint-000002", "checkpoint-000010"):
-        shutil.copytree(copy, tmp_path / "run" / name)
-        (tmp_path / "run" / name / "run.json").touch()
-    assert find_model(tmp_path / "run").name == "checkpoint-000010"
-
-
 def test_a_model_of_the_hub_is_had_with_all_its_files_but_those_that_are_not_read(copy, tmp_path, monkeypatch):
     for name in ("README.md", "pytorch_model.bin", "merges.txt"):
         (copy / name).touch()

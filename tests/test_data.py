@@ -145,13 +145,6 @@ def test_a_draw_depends_on_seed_and_iteration_alone():
     assert [[(two.index(k, s), two.task(k)) for s in range(4)] for k in (30, 7)] == [list(one)[30], list(one)[7]]
 
 
-def test_a_resumed_run_draws_what_the_uninterrupted_one_would():
-    whole, shorter = list(sampler(verbless=range(20), iterations=30)), sampler(verbless=range(20), iterations=12)
-    assert whole[:12] == list(shorter)
-    resumed = sampler(verbless=range(20), iterations=30)
-    assert [[(resumed.index(k, s), resumed.task(k)) for s in resumed.slots] for k in range(12, 30)] == whole[12:]
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_share_one_task_and_one_global_draw(world_size):
     options = dict(prompts=8, verbless=range(0, 50, 3), p=0.5, iterations=60, seed=3)
@@ -277,11 +270,6 @@ def test_time_is_counted_at_the_clips_true_rate_whatever_was_asked_for(model, to
     prompt = build_prompt(model, processor, Sample("a.mp4", "q", 0.0, 1.0), "tvg", clip, Settings(fps=2.0))
     time = prompt.positions[0][prompt.ids == model.config.video_token_id]
     assert (time - time[0]).tolist() == [0, 0, 4, 4]
-
-
-def test_grounding_redraws_reach_every_row_though_no_query_has_a_verb():
-    draw = sampler(n=10, verbless=range(10), p=1)
-    assert {draw.index(0, 0, attempt) for attempt in range(1, 100)} == set(range(10))
 
 
 def test_a_runs_sampler_knows_which_queries_suit_each_of_its_inversions(monkeypatch):

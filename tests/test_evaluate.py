@@ -372,9 +372,6 @@ def test_a_prediction_notes_all_windows_and_is_made_again_when_one_has_changed(h
 
 # ------------------------------------------------------------------------------------------------ one's own video
 
-OWN = ["--video", "my.mp4", "--query", "person runs"]
-
-
 def test_a_video_of_ones_own_is_searched_as_the_checkpoint_was_trained(settings, trained, capsys):
     record = trained / "checkpoint-000002" / "run.json"
     state = json.loads(record.read_text(encoding="utf-8"))
@@ -392,25 +389,6 @@ def test_a_video_of_ones_own_is_searched_as_the_checkpoint_was_trained(settings,
     assert "these seconds:\n0.00, 1.00, 2.00, 3.00\n" in printed
     assert f"person runs: 1 to 2.5 s\n{reply('1 to 2.5')}" in printed
     assert not Path(found.output).exists()
-
-
-@pytest.mark.parametrize("argv, words", [
-    (["--video", "my.mp4"], "--video has no meaning without --query"),
-    (["--query", "person runs"], "--query has no meaning without --video"),
-    (["--video", "my.mp4", "--query", " . "], "--query ' . ' says nothing"),
-    ([*OWN, "--annotations", "rows.txt"], "--annotations has no meaning with --video"),
-    ([*OWN, "--videos", "folder"], "--videos has no meaning with --video"),
-    ([*OWN, "--against", "other"], "--against has no meaning with --video"),
-    ([*OWN, "--output", "other"], "--output has no meaning with --video"),
-    ([*OWN, "--windows", "each"], "--windows has no meaning with --video"),
-    ([*OWN, "--tasks", "vc"], "--tasks has no meaning with --video"),
-    ([*OWN, "--samples", "4"], "--samples has no meaning with --video"),
-    ([*OWN, "--limit", "4"], "--limit has no meaning with --video")])
-def test_what_does_not_go_with_a_video_of_ones_own_is_one_sentence(argv, words, capsys):
-    with pytest.raises(SystemExit):
-        parse_settings(evaluate.EvalSettings, "", argv)
-    message = capsys.readouterr().err
-    assert words in message and message.count("\n") == 1
 
 
 def test_a_video_that_cannot_be_read_is_one_sentence(settings, capsys):

@@ -9,7 +9,6 @@ import errno
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import socket
@@ -524,12 +523,16 @@ def test_a_signal_saves_and_a_second_one_ends_at_once(quick, tmp_path, number):
         if signals == 1:
             os.killpg(pids[0], number)  # as a terminal or a scheduler does, to the worker too
             assert tiny.wait(pids) == [expected]
-            assert newest_checkpoint(config.output)
+            said = (tmp_path / "output.txt").read_text()
+            assert "the same command goes on" in said and "Traceback" not in said
+            done = int(newest_checkpoint(config.output).name.split("-")[1])
+            assert [row["iteration"] for row in log_of(config.output)] == list(range(done))
         else:
             while tiny.runs(pids[0]):
                 os.kill(pids[0], number)
                 time.sleep(0.001)
             assert tiny.wait(pids)[0] in (expected, 130)
+            assert f"going on from {config.output}/checkpoint-{done:06d}" in (tmp_path / "output.txt").read_text()
         assert not tiny.left_behind(pids[0])
 
 
@@ -575,14 +578,6 @@ def test_pickled_weights_are_not_read(hostile):
     with pytest.raises(OSError):
         load_model(str(folder), torch.device("cpu"))
     assert not marker.exists()
-
-
-def test_no_source_unpickles_or_trusts():
-    sources = [*ROOT.glob("*.py"), *(ROOT / "engine").glob("*.py"), *(ROOT / "papers").glob("*.py")]
-    for path in sources:
-        text = path.read_text(encoding="utf-8")
-        for word in ("torch.load(", "pickle", "trust_remote_code=True", "eval(", "exec("):
-            assert not [line for line in text.splitlines() if re.search(rf"(?<![\w.]){re.escape(word)}", line)], path
 
 
 @pytest.mark.parametrize("template", [
@@ -672,9 +667,12 @@ def short(lively, monkeypatch):
     monkeypatch.setattr(torch.utils.data._utils.worker, "MP_STATUS_CHECK_INTERVAL", 0.5)
 
 
-def test_a_short_campaign_of_kills(short, tmp_path, capsys):
-    assert kills.campaign(tmp_path, kills=1) == []  # one of each kind
-    assert capsys.readouterr().out.count("kills survived") == 4
+def test_a_short_campaign_of_kills(short, tmp_path, capsys, monkeypatch):
+    # One kill of each of two kinds: the others' moments are among theirs, and the long campaign has all four.
+    kinds = ("one process, while a checkpoint is written", "one of two processes")
+    monkeypatch.setattr(kills, "KINDS", {kind: kills.KINDS[kind] for kind in kinds})
+    assert kills.campaign(tmp_path, kills=1) == []
+    assert capsys.readouterr().out.count("kills survived") == 2
 
 
 def test_a_short_campaign_of_mutilated_files(short, tmp_path, capsys):

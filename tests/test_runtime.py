@@ -119,21 +119,29 @@ def another(f):
         return not f.default
     if f.metadata["choices"]:
         return f.metadata["choices"][-1:] if f.type is tuple else f.metadata["choices"][-1]
+    if f.type is tuple:
+        return ("x",)
     return f.default / 2 if f.type is float else f.default + (1 if f.type is int else "x")
 
 
-@pytest.mark.parametrize("f", [f for f in dataclasses.fields(Config) if f.metadata["unless"] or f.metadata["needs"]],
-                         ids=lambda f: f.name)
-def test_an_option_without_meaning_is_refused_beside_its_reason(f):
+@pytest.mark.parametrize("cls, f", [
+    (cls, f) for cls in (Config, EvalSettings) for f in dataclasses.fields(cls)
+    if f.metadata["unless"] or f.metadata["needs"]], ids=lambda x: getattr(x, "name", None))
+def test_an_option_without_meaning_is_refused_beside_its_reason(cls, f):
     other = f.metadata["unless"] or f.metadata["needs"]
-    config = Config(**{f.name: another(f)})
+    config = cls(**{f.name: another(f)})
     if f.metadata["unless"]:
         config.check()
         config = dataclasses.replace(config, **{other: "demos.jsonl"})
     with pytest.raises(UserError, match=f"{option(f.name)} has no meaning .*{option(other)};"):
         config.check()
     if f.metadata["needs"]:
-        dataclasses.replace(config, **{other: 1}).check()
+        dataclasses.replace(config, **{other: {"video": "a.mp4", "query": ("person runs",)}.get(other, 1)}).check()
+
+
+def test_a_query_that_says_nothing_is_refused():
+    with pytest.raises(UserError, match="--query ' . ' says nothing"):
+        EvalSettings(video="a.mp4", query=("person runs", " . ")).check()
 
 
 def test_options_may_stand_in_a_file(tmp_path):
