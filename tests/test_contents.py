@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -10,7 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shared import log_of, make_config, measure, reply, scripted, tiny_model, train, write_video
+from shared import change_json, log_of, make_config, measure, reply, scripted, tiny_model, train, write_video
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import evaluate
@@ -40,11 +41,16 @@ def change_weights(folder, change):
     save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def change_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
-
-
 # ---- A model is checked
+
+
+@pytest.mark.parametrize("damage", [
+    shutil.rmtree, lambda folder: (folder / "preprocessor_config.json").write_text("{}"),
+    lambda folder: (folder / "model.safetensors").unlink(),
+    lambda folder: os.truncate(folder / "model.safetensors", 1000)])
+def test_a_model_that_cannot_be_loaded_is_named_in_one_sentence(damage, copy):
+    damage(copy)
+    refusal(copy)
 
 
 def test_missing_weights_would_be_random_and_are_refused(copy):

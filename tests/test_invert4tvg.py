@@ -66,17 +66,6 @@ def test_supervised_steps_equal_a_plain_cross_entropy_loop(config, tmp_path):
         assert torch.allclose(saved[name], weight, atol=2e-4), name
 
 
-def test_the_first_step_moves_weights_by_the_learning_rate(config, tmp_path):
-    line = {"video": "AAA", "query": "person runs", "start": 0, "end": 2, "task": "tvg", "completion": "0 to 2"}
-    (tmp_path / "demos.jsonl").write_text(json.dumps(line) + "\n")
-    train(config, demonstrations=str(tmp_path / "demos.jsonl"), accumulation=1, iterations=1, lr=3e-4)
-    before, after = load_file(Path(config.model) / "model.safetensors"), weights_of(config.output)
-    name = next(n for n in before if n.endswith("layers.1.mlp.down_proj.weight"))
-    steps = (after[name] - before[name]).abs()
-    assert steps.median().item() == pytest.approx(3e-4, rel=0.01)  # Adam's first step is lr * sign(gradient)
-    assert steps.max() < 3.1e-4
-
-
 # ------------------------------------------------------------------------------------------------ whole runs
 
 
@@ -133,13 +122,6 @@ def test_nothing_readable_stops_the_run_with_the_list(config, capsys):
         train(config)
     message = capsys.readouterr().err.split("invert4tvg")[-1]
     assert "8 draws" in message and "AAA.mp4" in message and "BBB.mp4" in message
-
-
-def test_evaluation_measures_alike_whatever_is_rewarded():
-    config = invert4tvg.Config(inversion_reward="cosine", vd_verb_cap=1, vd_match="any", inversion_format="answer")
-    measured = config.scoring()
-    assert measured == invert4tvg.Config(vd_match="any", inversion_format="answer").scoring()
-    assert config.reward_settings() == measured | {"inversion_reward": "cosine", "vd_verb_cap": 1}
 
 
 def test_learning_rates():

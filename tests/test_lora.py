@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from shared import log_of, parse, tiny_model, train, weights_of
+from shared import log_of, parse, timeless_log_of, tiny_model, train, weights_of
 from torch import nn
 
 import grpo
@@ -127,10 +127,6 @@ def adapted(lively):
     return dict(config=lively, lora_rank=4, lr=2e-2, iterations=4)
 
 
-def timeless(output):
-    return [{name: value for name, value in row.items() if "seconds" not in name} for row in log_of(output)]
-
-
 def test_a_run_changes_the_targets_alone_and_saves_a_plain_model(adapted, babbler):
     output = train(**adapted)
     before, after = load_file(babbler / "model.safetensors"), weights_of(output)
@@ -146,12 +142,12 @@ def test_a_run_changes_the_targets_alone_and_saves_a_plain_model(adapted, babble
 
 def test_a_run_with_adapters_goes_on_bit_for_bit(adapted):
     output = train(**adapted, save_every=2)
-    whole, log = weights_of(output), timeless(output)
+    whole, log = weights_of(output), timeless_log_of(output)
     shutil.rmtree(newest_checkpoint(output))  # as if it had died after iteration 3
     train(**adapted, save_every=2)
     again = weights_of(output)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert timeless(output) == log
+    assert timeless_log_of(output) == log
 
 
 def test_a_run_with_adapters_needs_the_weights_that_it_began_with(adapted, tmp_path, babbler, capsys):

@@ -473,12 +473,6 @@ def test_a_segment_after_the_videos_end_is_an_error_that_says_so(tmp_path):
     assert read_video(path).end == pytest.approx(9.5) and read_video(path, start=1, end=2).end is None
 
 
-def test_a_file_without_pictures_says_so(tmp_path):
-    sound_only(tmp_path / "a.mp4")
-    with pytest.raises(VideoError, match="it holds no video stream"):
-        read_video(tmp_path / "a.mp4")
-
-
 # ---- Frame sizes
 
 @pytest.mark.parametrize("height, width, frames, expected, tokens", [
