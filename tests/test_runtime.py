@@ -404,6 +404,11 @@ def test_which_options_have_no_meaning_with_demonstrations():
     found = {f.name for f in dataclasses.fields(Config) if f.metadata["unless"] == "demonstrations"}
     assert found == {"p", "inversion_tasks", "inversion_reward", "vd_verb_cap", "group_size", "temperature", "kl_coef",
                      "save_rollouts"}
+    # And with a video of one's own, which is asked about: it is no row of a file, and nothing is written.
+    fields = dataclasses.fields(EvalSettings)
+    assert {f.name for f in fields if f.metadata["unless"] == "video"} == {
+        "annotations", "videos", "windows", "output", "tasks", "samples", "limit", "against"}
+    assert {f.name: f.metadata["needs"] for f in fields if f.metadata["needs"]} == {"video": "query", "query": "video"}
 
 
 def test_every_number_is_above_zero_or_may_be_zero():
