@@ -481,9 +481,3 @@ def test_a_demonstration_without_a_field_or_a_file_without_any_is_refused(tmp_pa
     path.write_text("")
     with pytest.raises(ValueError, match="sft.jsonl: holds no"):
         load_demonstrations(path, "v", TASKS)
-
-
-def test_a_demonstration_that_is_written_is_read_back():
-    sample = Sample("videos/AO8RW.mp4", "a door", 1.0, 2.5, None, "line 1")
-    row = demonstration_row(sample, "vc", "<answer>..</answer>")
-    assert row == DEMONSTRATION | {"query": "a door"}

@@ -205,12 +205,6 @@ def test_features_that_are_there_already_change_nothing(tokenizer, model, prompt
     assert all(torch.equal(a, b) for a, b in zip(plain, sample(tokenizer, model, prompts, banned, features=features)))
 
 
-def test_sampling_restores_the_training_mode(tokenizer, model, prompts, banned):
-    model.train()
-    sample(tokenizer, model, prompts, banned)
-    assert model.training
-
-
 # ------------------------------------------------------------------------------------------------ log-probabilities
 
 
@@ -269,6 +263,7 @@ def test_a_model_that_drops_features_while_it_trains_samples_with_all_of_them(to
     model.model.language_model.norm = torch.nn.Sequential(norm, torch.nn.Dropout(0.5))
     model.train()
     assert torch.equal(sample(tokenizer, model, prompts, banned, temperature=0.0).ids, plain.ids)
+    assert model.training  # and goes on training
 
 
 def test_the_cache_is_freed_when_sampling_ends(tokenizer, model, prompts, banned, monkeypatch):

@@ -108,13 +108,6 @@ def test_trained_vision_moves_the_tower(lively):
     assert not [name for name in still if "visual" in name]
 
 
-def test_unreadable_videos_are_redrawn_and_counted(config):
-    (Path(config.videos) / "BBB.mp4").write_bytes(b"not a video")
-    train(config)
-    log = log_of(config.output)
-    assert len(log) == 4 and sum(row["redrawn"] for row in log) > 0
-
-
 def test_nothing_readable_stops_the_run_with_the_list(config, capsys):
     for name in ("AAA", "BBB"):
         (Path(config.videos) / f"{name}.mp4").write_bytes(b"not a video")

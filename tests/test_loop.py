@@ -155,16 +155,6 @@ def test_a_later_iteration_draws_both_prompts_again_and_scores_them_anew(worked)
         assert line["parts"] == rewards.score("tvg", line["completion"], sample)
 
 
-def test_the_loss_by_completion_is_the_kl_alone(quick):
-    # A group's advantages add up to 0, and with mu = 1 the ratio is 1: what is left is beta times the KL.
-    with scripted(*ANSWERS):
-        train(quick, group_size=4, iterations=2, kl_coef=0.5, lr=1e-2)
-    first, second = log_of(quick.output)
-    assert first["loss"] == pytest.approx(0, abs=1e-6)
-    assert second["kl"] > 0.01
-    assert second["loss"] == pytest.approx(0.5 * second["kl"], rel=1e-4)
-
-
 def test_equal_answers_teach_nothing_and_a_long_one_is_cut_off(quick):
     # Eight times the same for the first prompt; of the second's, one goes on beyond the limit of 50 tokens.
     long = reply("0 to 1") + " and so on" * 2

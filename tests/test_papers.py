@@ -307,20 +307,6 @@ def test_histogram_counts_all_and_kept():
         [f"{i / 10:.1f}-{(i + 1) / 10:.1f}", str({0: 2, 5: 1, 9: 1}.get(i, 0)), str(int(i == 5))] for i in range(10)]
 
 
-def test_chosen_rows_are_read_back_as_annotations(tmp_path, capsys):
-    samples = load_annotations(ROWS / "charades_sta.txt", "")
-    (tmp_path / "p").mkdir()
-    lines = [prediction(i, i / len(samples), s.query, truth=[s.start, s.end]) for i, s in enumerate(samples)]
-    (tmp_path / "p" / "predictions.0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stages.main(stages.parse([
-        "difficulty", "--annotations", str(ROWS / "charades_sta.txt"), "--predictions", str(tmp_path / "p"),
-        "--difficulty", "0", "0.5", "--output", str(tmp_path / "rows.json")]))
-    back = load_annotations(tmp_path / "rows.json", "")
-    expected = [s for i, s in enumerate(samples) if 0 < i / len(samples) <= 0.5]
-    assert [(s.video, s.query, s.start, s.end) for s in back] == [(s.video, s.query, s.start, s.end) for s in expected]
-    assert f"{len(back)} of {len(samples)} rows kept" in capsys.readouterr().out
-
-
 def test_demonstrations_are_read_back(tmp_path):
     path = tmp_path / "demos.jsonl"
     stages.main(stages.parse(["invert-sft", "--annotations", str(ROWS / "charades.json"), "--output", str(path)]))
@@ -361,6 +347,9 @@ def test_the_options_of_a_stage_reach_it(tmp_path):
                      "--difficulty", 0, 1, *argv)
         expected = stages.choose_rows(np.arange(6) / 6, 0, 1, **options)
         assert [row["difficulty"] for row in found] == [round(100 * i / 6, 2) for i in expected], options
+        back = load_annotations(tmp_path / "out", "")  # as training reads it
+        assert [(s.video, s.query, s.start, s.end) for s in back] == [
+            (s.video, s.query, s.start, s.end) for s in (samples[i] for i in expected)]
 
 
 @pytest.mark.parametrize("argv, words", [

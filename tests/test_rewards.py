@@ -139,6 +139,7 @@ def test_iou_is_symmetric_and_within_bounds(a, b):
 def test_grounding_adds_format_and_iou():
     assert score("tvg", thought("4 to 8"), sample()) == {"format": 1, "iou": 2 / 6, "total": 1 + 2 / 6}
     assert score("tvg", "<answer>4 to 8</answer>", sample()) == {"format": 0, "iou": 2 / 6, "total": 2 / 6}
+    assert score("tvg", thought("6 to 2"), sample()) == {"format": 1, "iou": 0, "total": 1}
 
 
 def test_of_several_segments_the_best_counts():
@@ -150,10 +151,6 @@ def test_of_several_segments_the_best_counts():
     one = Sample("a.mp4", "q", 0.0, 8.0, 10.0, alternatives=((2.0, 5.0),))
     parts = score("tvg", thought("0 to 5"), one, grounding=grounding("timestamp_iou"))
     assert parts["iou"] == 5 / 8 and parts["total"] == pytest.approx(1 + 5 / 8 * 0.7)
-
-
-def test_reversed_span_scores_zero():
-    assert score("tvg", thought("6 to 2"), sample()) == {"format": 1, "iou": 0, "total": 1}
 
 
 # ---- Eq. 5, verb completion
@@ -237,13 +234,6 @@ def test_a_description_holds_the_verb():
     assert vd_reward("A person was jumping", "a person jumps", BINARY) == 1
     assert vd_reward("A person laughs", "a person jumps", BINARY) == 0
     assert vd_reward("", "a person jumps", BINARY) == 0
-
-
-@pytest.mark.parametrize("query", ["person quickly undressing", "person drinking glass", "she waves as she pumps water",
-                                   "person opening box"])
-def test_a_copy_of_the_query_with_a_capital_and_a_full_stop_scores(query):
-    copy = f"{query.capitalize()}."
-    assert vc_reward(copy, query, BINARY) == vd_reward(copy, query, BINARY) == 1
 
 
 def test_queries_in_other_languages_or_without_a_verb_suit_grounding_alone():
