@@ -30,7 +30,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import data
 import engine.verbs
 import evaluate
 import grpo
@@ -285,6 +284,18 @@ def train(config, **changes):
     return config.output
 
 
+def refusal(capsys, config, **changes):
+    """The one sentence with which a run ends, status 1."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train(config, **changes)
+    assert stop.value.code == 1
+    lines = capsys.readouterr().err.strip().split("\n")  # below what loading a model prints
+    message = [line for line in lines if not line.startswith("training: ")][-1]
+    assert message.endswith(".")
+    return message
+
+
 def measure(settings, **changes):
     """Run evaluate.py -> its metrics."""
     settings = dataclasses.replace(settings, **changes)
@@ -295,13 +306,6 @@ def measure(settings, **changes):
 def parse(cls, *argv):
     """Settings from a command line."""
     return parse_settings(cls, "", [str(word) for word in argv])
-
-
-def demonstrated(config):
-    """What the supervised stage of `config` learns from -> a list of (query, completion, task)."""
-    found = []
-    launch(lambda config, device: found.extend(zip(*data.load_imitated(config))), config)
-    return [(sample.query, completion, task) for sample, completion, task in found]
 
 
 def write_lines(path, rows):
@@ -317,6 +321,15 @@ def lines_of(path):
 def log_of(output):
     """One dictionary an iteration."""
     return lines_of(Path(output) / "metrics.jsonl")
+
+
+def timeless_log_of(output):
+    """The same, without what was measured by a clock."""
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in log_of(output)]
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 def rollouts_of(output, rank=0):

@@ -109,12 +109,6 @@ def test_packed_group_equals_repeated_prompts_in_values_and_gradients(model, pro
         assert (found[name] - expected[name]).abs().max() < 1e-5 * max(1, expected[name].abs().max()), name
 
 
-def test_a_demonstration_that_spells_a_video_pad_is_text(tokenizer, model, prompts):
-    pad = token_ids(tokenizer, "<|video_pad|>")
-    embeddings = embed(model, prompts, visual_features(model, prompts), pad)[0]
-    assert torch.equal(embeddings[-1], model.get_input_embeddings()(pad)[0])
-
-
 def test_the_vision_tower_sees_the_same_windows_as_the_librarys(tokenizer, model):
     # 10 x 12 patches in windows of 8 x 8: whole ones, and narrow ones at the right and lower edges.
     prompts = [make_prompt(tokenizer, model, 140, 168, 4, "a"), make_prompt(tokenizer, model, 56, 56, 2, "b", seed=1)]

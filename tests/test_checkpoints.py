@@ -1,42 +1,25 @@
 """engine/checkpoints.py: models that cannot be loaded, runs that go on, and runs that are refused."""
 
+import dataclasses
 import json
-import os
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
-from shared import log_of, train, weights_of, write_share
+from shared import log_of, refusal, timeless_log_of, train, weights_of, write_share
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import invert4tvg
 from engine import checkpoints
-from engine.checkpoints import load_model, load_optimizer, newest_checkpoint
+from engine.annotations import Sample
+from engine.checkpoints import load_model, load_optimizer, newest_checkpoint, note_origin
 from engine.optimizer import MasterAdamW
 from engine.runtime import StopSignal
-from engine.settings import changed_options, option
+from engine.settings import changed_options
 
 CPU = torch.device("cpu")
-
-
-def timeless(rows):
-    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
-
-
-def refusal(capsys, config, **changes):
-    """The one sentence with which a run is refused."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        train(config, **changes)
-    assert stop.value.code == 1
-    message = capsys.readouterr().err.strip().split("\n")[-1]  # below what loading a model prints
-    assert message.endswith(".")
-    return message
 
 
 # ---- Models
@@ -44,18 +27,11 @@ def refusal(capsys, config, **changes):
 
 def test_the_newest_complete_checkpoint_is_the_run(tmp_path):
     assert newest_checkpoint(tmp_path) is None and newest_checkpoint(tmp_path / "nothing") is None
-    for name in ("checkpoint-000002", "checkpoint-000010", "checkpoint-000012.partial", "checkpoint-x"):
+    for name in ("checkpoint-999999", "checkpoint-1000000", "checkpoint-1000012.partial", "checkpoint-x"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").touch()
-    (tmp_path / "checkpoint-500").mkdir()  # another program's, as it stands beside the final weights
-    assert newest_checkpoint(tmp_path).name == "checkpoint-000010"
-
-
-def test_checkpoints_are_ordered_by_number_not_by_name(tmp_path):
-    for name in ("checkpoint-999999", "checkpoint-1000000"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "run.json").touch()
-    assert newest_checkpoint(tmp_path).name == "checkpoint-1000000"
+    (tmp_path / "checkpoint-5000000").mkdir()  # another program's, as it stands beside the final weights
+    assert newest_checkpoint(tmp_path).name == "checkpoint-1000000"  # by number, not by name
 
 
 def test_a_checkpoint_is_loaded_with_the_ids_that_end_and_those_that_are_banned(checkpoint, tmp_path, tokenizer):
@@ -72,29 +48,6 @@ def test_a_checkpoint_is_loaded_with_the_ids_that_end_and_those_that_are_banned(
     ends = [tokenizer.convert_tokens_to_ids(name) for name in ("<|endoftext|>", "<|im_end|>")]
     (run / "checkpoint-000003" / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": ends}))
     assert load_model(str(run), CPU)[1].eos.tolist() == sorted(ends)
-
-
-def lacking_pixels(folder):
-    (folder / "preprocessor_config.json").write_text("{}")
-
-
-def lacking_weights(folder):
-    (folder / "model.safetensors").unlink()
-
-
-def torn(folder):
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
-
-
-@pytest.mark.parametrize("damage", [shutil.rmtree, lacking_pixels, lacking_weights, torn], ids=lambda f: f.__name__)
-def test_a_model_that_cannot_be_loaded_is_named_in_one_sentence(damage, checkpoint, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(checkpoint, folder)
-    damage(folder)
-    with pytest.raises(OSError) as error:
-        load_model(str(folder), CPU)
-    message = str(error.value)
-    assert message.startswith(f"--model {folder}: ") and "\n" not in message and message.endswith(".")
 
 
 def test_each_parameter_finds_its_saved_state_whatever_number_of_ranks_wrote_it(alone, model, tmp_path):
@@ -116,7 +69,7 @@ def test_each_parameter_finds_its_saved_state_whatever_number_of_ranks_wrote_it(
 def test_a_run_that_goes_on_equals_an_uninterrupted_one_bit_for_bit(lively):
     train(lively, save_every=2, save_rollouts=1)
     assert any(row["grad_norm"] > 0 for row in log_of(lively.output))
-    whole, log = weights_of(lively.output), log_of(lively.output)
+    whole, log = weights_of(lively.output), timeless_log_of(lively.output)
     state = load_file(newest_checkpoint(lively.output) / "optimizer.0.safetensors")
     rollouts = Path(lively.output) / "rollouts.0.jsonl"
     written = rollouts.read_text()
@@ -130,18 +83,15 @@ def test_a_run_that_goes_on_equals_an_uninterrupted_one_bit_for_bit(lively):
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     for name, value in load_file(newest_checkpoint(lively.output) / "optimizer.0.safetensors").items():
         assert torch.equal(value, state[name]) and (not name.endswith(".step") or value == 4)
-    assert timeless(log_of(lively.output)) == timeless(log)
+    assert timeless_log_of(lively.output) == log
     assert rollouts.read_text() == written
-
-
-def test_only_the_newest_checkpoints_are_kept(config):
-    train(config, save_every=1, keep=2, p=1.0)
-    assert sorted(p.name for p in Path(config.output).glob("checkpoint*")) == ["checkpoint-000003", "checkpoint-000004"]
 
 
 def test_a_finished_run_is_left_as_it_is_and_loads_no_model(config, monkeypatch, capsys):
     changes = {"iterations": 1, "eval_every": 1, "eval_limit": 1, "eval_annotations": config.annotations}
-    train(config, **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "on_any_rank", lambda self, device: True)  # in the last iteration: that is the end
+        train(config, **changes)
     log = (Path(config.output) / "metrics.jsonl").read_text()
     monkeypatch.setattr(checkpoints, "load_model", None)
     monkeypatch.setattr(invert4tvg.data, "load_training", None)
@@ -157,14 +107,14 @@ def test_a_finished_run_is_left_as_it_is_and_loads_no_model(config, monkeypatch,
 def test_a_run_that_only_lacks_its_last_evaluation_makes_it(config, has_metrics, line):
     changes = {"iterations": 1, "eval_every": 1, "eval_limit": 1, "eval_annotations": config.annotations}
     train(config, **changes)
-    log = log_of(config.output)
+    log = timeless_log_of(config.output)
     assert [(row["iteration"], row["task"] == "eval") for row in log] == [(0, True), (0, False), (1, True)]
     if not has_metrics:  # as if it had died while measuring; else, before its line was written
         shutil.rmtree(Path(config.output) / "eval-000001")
     path = Path(config.output) / "metrics.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]) + line)
     train(config, **changes)
-    assert timeless(log_of(config.output)) == timeless(log)
+    assert timeless_log_of(config.output) == log
     assert (Path(config.output) / "eval-000001" / "metrics.json").exists()
 
 
@@ -174,12 +124,8 @@ def test_a_changed_option_is_refused_and_named(config, capsys):
     message = refusal(capsys, config, iterations=1, lr=1e-2, betas=(0.9, 0.99))
     assert "another --lr, --betas;" in message and config.output in message
     assert "--iterations" in refusal(capsys, config, iterations=2)
-    assert (Path(config.output) / "metrics.jsonl").read_text() == written
-
-
-def test_an_iteration_has_as_many_prompts_on_another_number_of_processes(config, capsys):
-    train(config, iterations=1)  # two prompts
     assert "number of prompts an iteration (3, not 2:" in refusal(capsys, config, iterations=1, accumulation=3)
+    assert (Path(config.output) / "metrics.jsonl").read_text() == written
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint-000001/optimizer.0.safetensors"])
@@ -192,31 +138,23 @@ def test_a_damaged_run_is_named(config, capsys, name, monkeypatch):
     assert name.split("/")[-1] in refusal(capsys, config, iterations=2)
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(config, tmp_path, monkeypatch, capsys):
-    argv = ["invert4tvg.py", "--workers", "1", "--iterations", "100000"]
-    for name in ("model", "annotations", "videos", "output", "max_new_tokens", "group_size"):
-        argv += [option(name), str(getattr(config, name))]
-    pids = tiny.start(argv, tmp_path / "output.txt", function=tiny.be_program)
-    log = Path(config.output) / "metrics.jsonl"
-    while tiny.runs(pids[0]) and not (log.exists() and log.read_text().count("\n") > 1):
-        time.sleep(0.1)
-    os.killpg(pids[0], signal.SIGINT)  # a terminal sends it to the workers too
-    status = tiny.wait(pids)
-    said = (tmp_path / "output.txt").read_text()
-    assert status == [130] and "the same command goes on" in said and "Traceback" not in said, said
-    assert not tiny.left_behind(pids[0])
-    done = int(newest_checkpoint(config.output).name.split("-")[1])
-    assert len(log_of(config.output)) == done
-    given = {name: getattr(config, name)
-             for name in ("model", "annotations", "videos", "output", "max_new_tokens", "group_size")}
-    monkeypatch.setattr(StopSignal, "on_any_rank", lambda self, device: True)  # after one more iteration
-    with pytest.raises(SystemExit) as stop:
-        train(invert4tvg.Config(**given, iterations=100000, workers=0))
-    assert stop.value.code == 130 and "going on from" in capsys.readouterr().out
-    assert [row["iteration"] for row in log_of(config.output)] == list(range(done + 1))
-
-
-def test_the_configuration_is_noted_beside_the_log(config):
+def test_the_configuration_is_noted_beside_the_log_and_what_a_crash_left_is_removed(config):
+    partial = Path(config.output) / "checkpoint-000007.partial"
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").touch()
     train(config, iterations=1, lr=1e-5)
     noted = json.loads((Path(config.output) / "config.json").read_text(encoding="utf-8"))
     assert changed_options(noted, config) == ["--lr", "--iterations"]
+    assert not partial.exists()
+
+
+def test_what_a_run_learns_from_is_told_by_every_field_of_its_rows_by_completions_and_by_tasks(config):
+    sample = Sample("videos/a.mp4", "q", 0.0, 1.0)
+
+    def digest(completions=("x",), tasks=("vd",), **changes):
+        return note_origin(config, None, [dataclasses.replace(sample, **changes)], completions, tasks)["rows"]
+
+    changes = [{"video": "videos/b.mp4"}, {"query": "p"}, {"start": 0.5}, {"end": 2.0}, {"excerpt": (0.0, 4.0)},
+               {"alternatives": ((2.0, 3.0),)}, {"completions": ("y",)}, {"tasks": ("vc",)}]
+    assert len({digest(), *(digest(**change) for change in changes)}) == 1 + len(changes)
+    assert digest(video="elsewhere/a.mp4") == digest()  # the same file in another folder

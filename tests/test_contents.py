@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -10,7 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shared import log_of, make_config, measure, reply, scripted, tiny_model, train, write_video
+from shared import change_json, log_of, make_config, measure, reply, scripted, tiny_model, train, write_video
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import evaluate
@@ -40,11 +41,16 @@ def change_weights(folder, change):
     save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def change_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
-
-
 # ---- A model is checked
+
+
+@pytest.mark.parametrize("damage", [
+    shutil.rmtree, lambda folder: (folder / "preprocessor_config.json").write_text("{}"),
+    lambda folder: (folder / "model.safetensors").unlink(),
+    lambda folder: os.truncate(folder / "model.safetensors", 1000)])
+def test_a_model_that_cannot_be_loaded_is_named_in_one_sentence(damage, copy):
+    damage(copy)
+    refusal(copy)
 
 
 def test_missing_weights_would_be_random_and_are_refused(copy):
@@ -129,13 +135,6 @@ def test_a_root_that_holds_weights_is_the_model_whatever_stands_beside_them(copy
         shutil.copytree(copy, copy.parent / name)
         shutil.move(copy.parent / name, copy / name)
     assert find_model(copy) == copy
-
-
-def test_a_runs_folder_is_its_newest_checkpoint(copy, tmp_path):
-    for name in ("checkpoint-000002", "checkpoint-000010"):
-        shutil.copytree(copy, tmp_path / "run" / name)
-        (tmp_path / "run" / name / "run.json").touch()
-    assert find_model(tmp_path / "run").name == "checkpoint-000010"
 
 
 def test_a_model_of_the_hub_is_had_with_all_its_files_but_those_that_are_not_read(copy, tmp_path, monkeypatch):
@@ -261,6 +260,17 @@ def test_a_fingerprint_sees_one_changed_number(copy):
     before = fingerprint(copy)
     change_weights(copy, lambda weights: {k: v + 1e-3 if k == "lm_head.weight" else v for k, v in weights.items()})
     assert fingerprint(copy) != before
+    # One weight may have several megabytes, and one model several files; the optimiser's are none of its weights.
+    seen = {fingerprint(copy)}
+    for number, place in ((2, 0), (2, 2**21), (2, 2**22 - 1), (3, 0)):
+        name = f"model-{number}.safetensors"
+        content = bytearray((copy / name).read_bytes() if (copy / name).exists() else bytes(2**22))
+        content[place] = 1
+        (copy / name).write_bytes(content)
+        seen.add(fingerprint(copy))
+    assert len(seen) == 5
+    (copy / "optimizer.0.safetensors").write_bytes(b"its state")
+    assert fingerprint(copy) in seen
 
 
 # ---- Evaluations

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from shared import ROOT
+from shared import ROOT, write_lines
 
 from demo import ablations, claims, curves, measured, table
 
@@ -226,24 +226,36 @@ def test_the_picture_holds_each_claim_and_the_figures_that_were_measured(tmp_pat
     assert titles(first, []) == list(claims.CLAIMS)[:3] + shares
 
 
-def test_the_demos_table_by_hand(tmp_path, capsys):
-    for split in ("train", "test"):  # the best constant guess is 2.0 to 4.0 s, IoU 1, and "rise"
-        (tmp_path / f"{split}.txt").write_text("A 2.0 4.0##the red square rises.\n" * 3)
+def test_the_demos_table_by_hand(tmp_path, capsys, monkeypatch):
+    # The training rows' best constant guess is 2.0 to 4.0 s and "rise": half of each test row, and the verb of a third.
+    (tmp_path / "train.txt").write_text("A 2.0 4.0##the red square rises.\n" * 3)
+    (tmp_path / "test.txt").write_text("A 2.0 6.0##the red square jumps.\n" * 2 + "A 0.0 4.0##the red square rises.\n")
     metrics = dict.fromkeys(table.COLUMNS, 50.0)
     for run, gain in {"sees": None, "warm": 0, "grpo": 5, "tvg-only": 3, "supervised": 0}.items():
         (tmp_path / run).mkdir()
         measured = '{"task": "eval", "mIoU": 50.0}\n'  # takes no part in the minutes
-        (tmp_path / run / "metrics.jsonl").write_text('{"task": "tvg", "seconds": 30.0}\n' * 4 + measured)
+        seconds = (10.0, 20.0, 20.0, 70.0)  # two minutes
+        write_lines(tmp_path / run / "metrics.jsonl", [{"task": "tvg", "seconds": each} for each in seconds])
+        with open(tmp_path / run / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(measured)
         if gain is not None:
             (tmp_path / f"{run}-test").mkdir()
             gained = {name: value + gain for name, value in metrics.items()}
             (tmp_path / f"{run}-test" / "metrics.json").write_text(json.dumps(gained))
-    table.print_demo(tmp_path)
-    printed = capsys.readouterr().out
-    assert '| best constant guess (always 2.0 to 4.0 s, always "rise") |  |' + " 100.0 |" * 7 in printed
+    def run_table(*argv):
+        monkeypatch.setattr("sys.argv", ["demo.table", str(tmp_path), *argv])
+        table.main()
+        return capsys.readouterr().out
+
+    printed = run_table()
+    assert ('| best constant guess (always 2.0 to 4.0 s, always "rise") |  |' + " 50.0 | 100.0 | 100.0 | 0.0 |"
+            + " 33.3 |" * 3) in printed
     assert "| warm start (supervised, short on purpose) | 4.0 |" + " 50.0 |" * 7 in printed  # two stages of 2 minutes
     assert "| + GRPO with inversion, p = 0.8 | 2.0 |" + " 55.0 |" * 7 in printed
     assert "+5.0 mIoU" in printed and "+2.0 points of VC, AR and VD" in printed
+    assert run_table("iterations") == "6\n"  # GRPO's 120 seconds, of which half of the warm start's take up to 20
+    assert run_table("rows", "a=grpo-test:sees,warm,grpo", "b=warm-test").splitlines()[2:] == [
+        "| a | 6.0 |" + " 55.0 |" * 4 + "  |" * 3, "| b |  |" + " 50.0 |" * 4 + "  |" * 3]
 
 
 def test_the_shipped_logs_are_what_the_page_on_reading_says_of_them():

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from shared import log_of, parse, tiny_model, train, weights_of
+from shared import log_of, parse, timeless_log_of, tiny_model, train, weights_of
 from torch import nn
 
 import grpo
@@ -56,6 +56,19 @@ def test_adapters_alone_are_trained_and_lie_in_the_language_model(model):
     by_hand = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
     assert sum(p.numel() for p in trained.values()) == by_hand
     assert sum(p.numel() for p in model.parameters()) == before + by_hand
+    for name, p in trained.items():  # A is even between -1 and 1 over the root of its width, 32 or 64; B begins at 0
+        most = p.abs().max() * p.shape[1]**0.5
+        assert 0.9 < most <= 1 if name.endswith("lora_a") else most == 0, name
+
+
+def test_adapters_begin_with_the_noise_of_the_seed(tokenizer):
+    noises = []
+    for seed in (1, 1, 2):
+        model = tiny_model(tokenizer)
+        add_adapters(model, invert4tvg.Config(lora_rank=4, seed=seed))
+        noises.append([layer.lora_a for layer in model.modules() if isinstance(layer, Adapted)])
+    assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in zip(*noises))
+    assert not torch.equal(noises[0][0], noises[0][3])  # each layer has its own: queries and output of one shape
 
 
 def test_the_targets_are_a_setting(model):
@@ -114,10 +127,6 @@ def adapted(lively):
     return dict(config=lively, lora_rank=4, lr=2e-2, iterations=4)
 
 
-def timeless(output):
-    return [{name: value for name, value in row.items() if "seconds" not in name} for row in log_of(output)]
-
-
 def test_a_run_changes_the_targets_alone_and_saves_a_plain_model(adapted, babbler):
     output = train(**adapted)
     before, after = load_file(babbler / "model.safetensors"), weights_of(output)
@@ -133,12 +142,12 @@ def test_a_run_changes_the_targets_alone_and_saves_a_plain_model(adapted, babble
 
 def test_a_run_with_adapters_goes_on_bit_for_bit(adapted):
     output = train(**adapted, save_every=2)
-    whole, log = weights_of(output), timeless(output)
+    whole, log = weights_of(output), timeless_log_of(output)
     shutil.rmtree(newest_checkpoint(output))  # as if it had died after iteration 3
     train(**adapted, save_every=2)
     again = weights_of(output)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert timeless(output) == log
+    assert timeless_log_of(output) == log
 
 
 def test_a_run_with_adapters_needs_the_weights_that_it_began_with(adapted, tmp_path, babbler, capsys):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import write_lines
 from test_rewards import ODD, seconds, thought
 
 import rewards
@@ -306,20 +307,6 @@ def test_histogram_counts_all_and_kept():
         [f"{i / 10:.1f}-{(i + 1) / 10:.1f}", str({0: 2, 5: 1, 9: 1}.get(i, 0)), str(int(i == 5))] for i in range(10)]
 
 
-def test_chosen_rows_are_read_back_as_annotations(tmp_path, capsys):
-    samples = load_annotations(ROWS / "charades_sta.txt", "")
-    (tmp_path / "p").mkdir()
-    lines = [prediction(i, i / len(samples), s.query, truth=[s.start, s.end]) for i, s in enumerate(samples)]
-    (tmp_path / "p" / "predictions.0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stages.main(stages.parse([
-        "difficulty", "--annotations", str(ROWS / "charades_sta.txt"), "--predictions", str(tmp_path / "p"),
-        "--difficulty", "0", "0.5", "--output", str(tmp_path / "rows.json")]))
-    back = load_annotations(tmp_path / "rows.json", "")
-    expected = [s for i, s in enumerate(samples) if 0 < i / len(samples) <= 0.5]
-    assert [(s.video, s.query, s.start, s.end) for s in back] == [(s.video, s.query, s.start, s.end) for s in expected]
-    assert f"{len(back)} of {len(samples)} rows kept" in capsys.readouterr().out
-
-
 def test_demonstrations_are_read_back(tmp_path):
     path = tmp_path / "demos.jsonl"
     stages.main(stages.parse(["invert-sft", "--annotations", str(ROWS / "charades.json"), "--output", str(path)]))
@@ -328,6 +315,41 @@ def test_demonstrations_are_read_back(tmp_path):
     stages.main(stages.parse(["longest", "--demonstrations", str(path), "--output", str(tmp_path / "half.jsonl")]))
     half = load_demonstrations(tmp_path / "half.jsonl", "", rewards.TASKS)
     assert len(half) == 2 and {d.completion for d in half} <= {d.completion for d in back}
+
+
+def test_the_options_of_a_stage_reach_it(tmp_path):
+    def rows(*argv):
+        stages.main(stages.parse([*map(str, argv), "--output", str(tmp_path / "out")]))
+        text = (tmp_path / "out").read_text(encoding="utf-8")
+        return json.loads(text) if argv[0] == "difficulty" else [json.loads(line) for line in text.splitlines()]
+
+    lines = [rollout(["2 to 3", "2 to 3.5"], "2 to 4"), rollout(["4 to 8", "3 to 6"], "2 to 6"),  # IoU 1/2, then 1
+             rollout(["2 to 3", "2 to 4", "2 to 5"], "2 to 5.5"), rollout(["2 to 3", "2 to 4", "2 to 5"], "2 to 6")]
+    write_lines(tmp_path / "rollouts.0.jsonl", lines)
+    for options, kept in (([], [0, 1, 2, 3]), (["--min-iou", 0.6], [1, 2, 3]), (["--min-anchors", 3], [2, 3]),
+                          (["--keep", 2], [0, 2])):
+        assert [row["completion"] for row in rows("anchors", "--rollouts", tmp_path, *options)] == [
+            lines[i]["completion"] for i in kept]
+    assert len(rows("longest", "--demonstrations", tmp_path / "rollouts.0.jsonl", "--share", 0.75)) == 3
+    windows = "--annotations", ROWS / "qvhighlights.jsonl"  # of four queries two have a single window
+    assert [len(rows("invert-sft", *windows, *options)) for options in ([], ["--windows", "single"])] == [6, 2]
+
+    single = load_annotations(ROWS / "qvhighlights.jsonl", "", "single")
+    write_lines(tmp_path / "predictions.0.jsonl", [
+        prediction(i, 0.5, s.query, truth=[s.start, s.end]) | {"error": None} for i, s in enumerate(single)])
+    assert len(rows("difficulty", *windows, "--predictions", tmp_path, "--windows", "single")) == 2
+    samples = load_annotations(ROWS / "charades_sta.txt", "")
+    write_lines(tmp_path / "predictions.0.jsonl", [
+        prediction(i, i / 6, s.query, truth=[s.start, s.end]) | {"error": None} for i, s in enumerate(samples)])
+    for options in ({"keep": 2}, {"keep": 3, "choose": "gaussian"}, {"keep": 3, "choose": "gaussian", "seed": 6}):
+        argv = [word for name, value in options.items() for word in (f"--{name}", value)]
+        found = rows("difficulty", "--annotations", ROWS / "charades_sta.txt", "--predictions", tmp_path,
+                     "--difficulty", 0, 1, *argv)
+        expected = stages.choose_rows(np.arange(6) / 6, 0, 1, **options)
+        assert [row["difficulty"] for row in found] == [round(100 * i / 6, 2) for i in expected], options
+        back = load_annotations(tmp_path / "out", "")  # as training reads it
+        assert [(s.video, s.query, s.start, s.end) for s in back] == [
+            (s.video, s.query, s.start, s.end) for s in (samples[i] for i in expected)]
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -34,10 +34,11 @@ def test_a_card_shows_the_runs_own_newest_measurement_until_then(config, tmp_pat
     # eval-best is the user's; the run was interrupted after iteration 9 and goes on from an earlier checkpoint
     for name in ("eval-000004", "eval-000009", "eval-best"):
         (tmp_path / "run" / name).mkdir(parents=True)
-        (tmp_path / "run" / name / "metrics.json").write_text(json.dumps({"mIoU": len(name) + 0.5}))
+        (tmp_path / "run" / name / "metrics.json").write_text(json.dumps({"mIoU": 10.0 + ord(name[-1])}))
     progress = {"iteration": 8, "iterations": 20, "prompts": 2}
     assert "Measured at iteration 4 on" in model_card(config, progress)
-    assert "Measured at iteration 9 on" in model_card(config, progress | {"iteration": 9})
+    card = model_card(config, progress | {"iteration": 9})
+    assert "Measured at iteration 9 on" in card and f"| mIoU | {10 + ord('9'):.1f} |" in card
     assert "Nothing was measured" in model_card(config, progress | {"iteration": 3})
 
 
@@ -66,6 +67,18 @@ def test_a_missing_key_of_wandb_is_one_sentence(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error))  # as wandb 0.31
     with pytest.raises(UserError, match="--log-to wandb: No API key configured. .*; .*WANDB_MODE=offline[.]"):
         open_boards(dataclasses.replace(config, log_to=("wandb",)), 0)
+
+
+def test_a_run_that_goes_on_keeps_its_curves_at_wandb_however_its_folder_is_written(config, monkeypatch, tmp_path):
+    runs = []
+    package = SimpleNamespace(init=lambda **settings: runs.append(settings), Error=OSError)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.setattr(record, "finishers", [])
+    monkeypatch.chdir(tmp_path)
+    for output in ("run", str(tmp_path / "run"), "other/../run", "other/run"):
+        open_boards(dataclasses.replace(config, output=output, log_to=("wandb",)), 0)
+    assert [run["name"] for run in runs] == ["run"] * 4 and runs[0]["config"]["lr"] == config.lr
+    assert len({run["id"] for run in runs[:3]}) == 1 and runs[3]["id"] != runs[0]["id"]
 
 
 def test_boards_get_every_line_of_the_log(config, monkeypatch):

@@ -8,17 +8,19 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from shared import make_config, reply, scripted, train, write_lines, write_video
 
+from engine.checkpoints import fingerprint, newest_checkpoint
 from engine.settings import UserError
 from evaluate import paired_bootstrap
 from report import __main__ as program
 from report import analysis, curves, runs, strips
-from report.page import latest, make_page, marked
+from report.page import latest, make_page, marked, shade, shot_of_group
 
 # ------------------------------------------------------------------------------------------------ numbers by hand
 
@@ -41,6 +43,17 @@ def test_a_thinned_curve_keeps_its_peaks_and_its_order():
     shown, values = curves.thin(x, y)
     assert len(shown) <= curves.POINTS and (np.diff(shown) > 0).all()
     assert dict(zip(shown, values))[1234] == 7 and dict(zip(shown, values))[2345] == -7
+
+
+def test_what_is_left_of_an_iterations_seconds_is_the_updates():
+    row = {"seconds": 10.0, "wait_seconds": 2.0, "rollout_seconds": 5.0}
+    assert curves.with_update_seconds([row, row | {"wait_seconds": None}]) == [
+        row | {"update_seconds": 3.0}, row | {"wait_seconds": None}]
+
+
+def test_a_completion_is_green_above_its_group_and_red_below_the_stronger_the_further():
+    for advantage, colour in ((1.25, "good) / 0.50"), (-1.25, "bad) / 0.50"), (9, "good) / 1.00")):
+        assert f"border-color:rgb(var(--{colour})" in shade(advantage)
 
 
 def test_thirds_by_hand():
@@ -73,6 +86,9 @@ def test_the_kinds_of_rows_by_hand(tmp_path):
     assert found["query with", '"again"'] == [1] and found["query with", '"before"'] == [2]
     assert found["query with", "none of these words"] == [0, 3] and ("query with", '"then"') not in found
     assert sum(len(rows) for (title, _), rows in found.items() if title == "segment") == 4
+    excerpts = [p | {"excerpt": [0.0, 5 + p["row"] / 2]} for p in predictions]  # 5 to 6.5 s, in which times count
+    found = {(b.title, b.name): b.rows for b in analysis.bins(excerpts)}
+    assert found["middle of the segment in", "last third"] == [1, 2, 3] and found["video", "up to 5.5 s"] == [0, 1]
 
 
 def test_a_bins_metric_and_its_interval_by_hand():
@@ -119,8 +135,16 @@ def test_a_runs_own_evaluations_are_those_named_by_an_iteration(tmp_path):
     for name in ("eval-000200", "eval-best"):  # the second is the user's own, in the run's folder
         (tmp_path / "run" / name).mkdir(parents=True)
         write_lines(tmp_path / "run" / name / "predictions.0.jsonl", [prediction(0, 0.5)])
+    for number in (1, 2):  # and those that evaluate.py made of its newest checkpoint, in folders beside it
+        checkpoint = tmp_path / "run" / f"checkpoint-{number:06d}"
+        checkpoint.mkdir()
+        (checkpoint / "run.json").touch()
+        (checkpoint / "model.safetensors").write_bytes(b"weights" * number)
+        (tmp_path / f"test-{number}").mkdir()
+        (tmp_path / f"test-{number}" / "settings.json").write_text(json.dumps({"model": fingerprint(checkpoint)}))
+        write_lines(tmp_path / f"test-{number}" / "predictions.0.jsonl", [prediction(0, 0.5)])
     found = runs.read_run_folder(tmp_path / "run").evaluations
-    assert [evaluation.label for evaluation in found] == ["run, iteration 200"]
+    assert [evaluation.label for evaluation in found] == ["run, iteration 200", "test-2"]
 
 
 def test_few_of_many_evaluations_are_stacked():
@@ -195,6 +219,28 @@ def test_a_page_waits_for_the_first_iteration(tmp_path):
     assert program.has_begun(tmp_path / "evaluation")
 
 
+def test_a_watched_page_is_opened_once_and_written_anew_until_the_run_ends(monkeypatch, tmp_path, capsys):
+    slept, opened, written = [], [], []
+
+    def write_page(args):
+        written.append(args.against)
+        return tmp_path / "report.html", len(written) < 3
+
+    monkeypatch.setattr(program, "has_begun", lambda folder: folder == "run" or slept)  # OTHER later
+    monkeypatch.setattr(program, "write_page", write_page)
+    monkeypatch.setattr(program, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(program, "webbrowser", SimpleNamespace(open=opened.append))
+    program.main(["run"])
+    assert len(written) == 1 and not opened  # neither watched nor opened
+    program.main(["run", "--against", "other", "--watch", "--open"])
+    assert written[1:] == [["other"]] * 2 and slept[:2] == [1, 60] and len(opened) == 1
+
+
+def test_folders_of_one_name_are_told_apart_by_the_folder_above(tmp_path):
+    assert program.names_of([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "b" / "c"]) == [
+        "a/run", "b/run", "c"]
+
+
 def rollout(iteration, n, total, **notes):
     return {"iteration": iteration, "video": "AAA.mp4", "query": "person runs", "start": 0.0, "end": 2.0, "task": "vd",
             "completion": f"<answer>{iteration} {n}</answer>", "parts": {"format": 1.0, "vd": total, "total": total},
@@ -217,15 +263,22 @@ def test_groups_flags_and_advantages_by_hand(tmp_path):
     assert groups[0].kl() == 0.3 and groups[1].kl() == 0
     same = runs.Group(0, "vd", [row | {"completion": "ab"[n % 2]} for n, row in enumerate(first)])
     assert [names for names, _ in same.distinct()] == ["o1, o3", "o2, o4"]
+    run = runs.Run(tmp_path, "run", config={"videos": str(tmp_path)})
+    assert shot_of_group(run, same) == strips.Shot(str(tmp_path / "AAA.mp4"))
+    same.rows[0].update(video_start=2.0, video_end=9.0)
+    assert shot_of_group(run, same).excerpt == (2.0, 9.0)
 
 
 def test_few_iterations_of_many_are_read_and_few_groups_of_many_shown(tmp_path):
-    rows = [rollout(i, n, n, kl=1.0 if i == 2999 else 0.1) for i in range(3000) for n in range(2)]
+    rows = [rollout(i, n, n, kl=i / 3000 if i < 300 else 0.01) for i in range(3000) for n in range(2)]
     write_lines(tmp_path / "rollouts.0.jsonl", rows)
     groups = runs.read_groups(tmp_path, 2)
     assert len(groups) == runs.MAX_ITERATIONS and (groups[0].iteration, groups[-1].iteration) == (2999, 0)
     chosen = runs.choose_groups(groups, most=20)
-    assert len(chosen) <= 20 and groups[0] in chosen
+    highest = sorted(groups, key=lambda group: -group.kl())[:5]
+    assert highest[-1].kl() > 0.01 and all(group in chosen for group in highest)  # those that few iterations have
+    assert len(chosen) <= 20 and chosen == [group for group in groups if group in chosen]  # the newest first
+    assert groups[0] in chosen and groups[-1] in chosen
 
 
 def test_what_differs_between_runs():
@@ -297,11 +350,17 @@ def test_a_page_of_a_run_that_has_just_begun(tmp_path):
     assert time.strftime("%Y-%m-%d") in page and 'id="rollouts"' not in page and "nll" in page
 
 
-def test_where_a_model_sees_a_query_in_ones_own_video(folder, alone):
-    video = str(folder / "videos" / "AAA.mp4")
-    with scripted(reply("1 to 4")):
-        program.main([str(folder / "one"), "--video", video, "--query", "Person jumps.", "a door"])
-    page = (folder / "one" / "report.html").read_text()
+def test_where_a_model_sees_a_query_in_ones_own_video_as_it_was_trained_to(folder, alone, tmp_path):
+    video = str(folder / "videos" / "AAA.mp4")  # five seconds
+    run = Path(shutil.copytree(folder / "one", tmp_path / "one"))
+    record = newest_checkpoint(run) / "run.json"
+    state = json.loads(record.read_text(encoding="utf-8"))
+    state["config"] |= {"fps": 1.0, "tvg_reward": "tvg_r1"}
+    record.write_text(json.dumps(state), encoding="utf-8")
+    with scripted("<think>a</think><time>[1, 4]</time><answer>2 to 3</answer>") as calls:
+        program.main([str(run), "--video", video, "--query", "Person jumps.", "a door"])
+    assert [call.prompts[0].grid[0, 0] for call in calls] == [3, 3]  # six frames
+    page = (run / "report.html").read_text()
     own = page[page.index("a video of your own"):]
     assert "“person jumps”" in own and "“a door”" in own and own.count('title="1.0 to 4.0 s"') == 2
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import rewards
 from data import Sample
 from engine.verbs import cosine_similarity, mask_verbs, verbs
+from papers.rewards import grounding
 from rewards import (
     FORMATS,
     Scoring,
@@ -86,7 +87,8 @@ def test_grounding_format_needs_a_span():
 @pytest.mark.parametrize("answer, span", [
     ("2.5 to 6", (2.5, 6)), ("12.5s to 17s", (12.5, 17)), ("12  to\n 17", (12, 17)), ("12 sec to 17 seconds", (12, 17)),
     ("between 3 and 5.", (3, 5)), ("From 3 TO 5, then it stops", (3, 5)), ("[3.0 to 5.0]", (3, 5)), ("07 to 9", (7, 9)),
-    ("1 to 2, or rather 3 to 4", (3, 4)), ("9 to 4", (9, 4)), ("0 to 0", (0, 0)), ("1 second to 2 secs", (1, 2))])
+    ("1 to 2, or rather 3 to 4", (3, 4)), ("9 to 4", (9, 4)), ("0 to 0", (0, 0)), ("1 second to 2 secs", (1, 2)),
+    ("123456 to 234567.5", (123456, 234567.5)), ("[ 123456, 234567.5]", (123456, 234567.5))])
 def test_spans_that_are_read(answer, span):
     assert parse_span(thought(answer)) == span
     assert parse_span(f"<answer>{answer}</answer>") == span  # format is judged apart
@@ -137,6 +139,7 @@ def test_iou_is_symmetric_and_within_bounds(a, b):
 def test_grounding_adds_format_and_iou():
     assert score("tvg", thought("4 to 8"), sample()) == {"format": 1, "iou": 2 / 6, "total": 1 + 2 / 6}
     assert score("tvg", "<answer>4 to 8</answer>", sample()) == {"format": 0, "iou": 2 / 6, "total": 2 / 6}
+    assert score("tvg", thought("6 to 2"), sample()) == {"format": 1, "iou": 0, "total": 1}
 
 
 def test_of_several_segments_the_best_counts():
@@ -144,18 +147,18 @@ def test_of_several_segments_the_best_counts():
     for answer, iou in [("0 to 2", 1), ("11 to 13", 1 / 2), ("10 to 21", 4 / 11), ("30 to 40", 0)]:
         parts = score("tvg", thought(answer), one)
         assert parts["iou"] == pytest.approx(iou) and parts["total"] == pytest.approx(1 + iou)
-
-
-
-def test_reversed_span_scores_zero():
-    assert score("tvg", thought("6 to 2"), sample()) == {"format": 1, "iou": 0, "total": 1}
+    # Time-R1 would pay more for the second one, 1 + 0.6 * 0.8, whose start alone is off, and by less.
+    one = Sample("a.mp4", "q", 0.0, 8.0, 10.0, alternatives=((2.0, 5.0),))
+    parts = score("tvg", thought("0 to 5"), one, grounding=grounding("timestamp_iou"))
+    assert parts["iou"] == 5 / 8 and parts["total"] == pytest.approx(1 + 5 / 8 * 0.7)
 
 
 # ---- Eq. 5, verb completion
 
 @pytest.mark.parametrize("answer", [
     "Person [closes] the door", "person closed the door", "PERSON [ closing ]  the door.", "person closes the door!",
-    "Person [is closing] the door", '"Person [has closed] the door."', "A man closes it"])
+    "Person [is closing] the door", '"Person [has closed] the door."', "A man closes it",  # the last ones by the tagger
+    "they [close] it"])  # which finds no verb between brackets
 def test_completion_in_any_tense_is_rewarded(answer):
     assert vc_reward(answer, DOOR, BINARY) == 1
 
@@ -181,7 +184,7 @@ def test_a_filled_frame_counts_where_the_tagger_misses_the_verb():
 
 @pytest.mark.parametrize("answer", [
     "person open box (red)", "Person  [OPENED]\n box (red).", "person [ is opening ] box (red)!",
-    '"person [has been opened] box (red)."'])
+    '"person [has been opened] box (red)."', "person will have been opening box (red)"])
 def test_a_filled_frame_is_recognised(answer):
     assert fill_blanks(answer, "person [] box (red).") == ["open"]
 
@@ -197,11 +200,6 @@ def test_an_unfilled_frame_is_not(answer):
 def test_auxiliaries_of_two_blanks():
     assert fill_blanks("she has been walking and is laughing", "she [] and []") == ["walk", "laugh"]
     assert fill_blanks("she has a dog", "she [] a dog") == ["have"]
-
-
-def test_another_sentence_counts_by_its_verbs():
-    assert fill_blanks("A man closes it", mask_verbs(DOOR)[0]) == []
-    assert vc_reward("A man closes it", DOOR, BINARY) == 1
 
 
 @pytest.mark.parametrize("blank, extra", [
@@ -238,17 +236,10 @@ def test_a_description_holds_the_verb():
     assert vd_reward("", "a person jumps", BINARY) == 0
 
 
-@pytest.mark.parametrize("query", ["person quickly undressing", "person drinking glass", "she waves as she pumps water",
-                                   "person opening box"])
-def test_a_copy_of_the_query_with_a_capital_and_a_full_stop_scores(query):
-    copy = f"{query.capitalize()}."
-    assert vc_reward(copy, query, BINARY) == vd_reward(copy, query, BINARY) == 1
-
-
-def test_queries_in_other_languages_suit_grounding_alone():
-    queries = [DOOR, "öffnet die tür"]
-    assert {task: suitable(task, queries) for task in ("tvg", "vc", "ar", "vd")} == {
-        "tvg": [True, True], "vc": [True, False], "ar": [True, False], "vd": [True, False]}
+def test_queries_in_other_languages_or_without_a_verb_suit_grounding_alone():
+    queries = [DOOR, "öffnet die tür", "a red door", WALK]
+    assert {task: suitable(task, queries) for task in rewards.TASKS} == {
+        "tvg": [True] * 4} | dict.fromkeys(("vc", "ar", "vd"), [True, False, False, True])
 
 
 def test_all_or_any_of_several_verbs():
@@ -298,12 +289,6 @@ def test_an_unknown_task_or_setting_is_named():  # unknown values of settings: s
         score("tgv", "", sample())
     with pytest.raises(TypeError, match="inversion_fromat"):
         score("vd", "", sample(), inversion_fromat="think")
-
-
-def test_which_queries_suit_a_task():
-    queries = [DOOR, "a red door", WALK]
-    assert suitable("tvg", queries) == [True] * 3
-    assert suitable("vc", queries) == suitable("ar", queries) == suitable("vd", queries) == [True, False, True]
 
 
 def test_a_new_inversion_is_a_line_of_the_table(monkeypatch):
@@ -415,8 +400,3 @@ def test_two_words_are_no_answer_even_where_similar_ones_count():
     cosine = Scoring(inversion_reward="cosine")
     assert ar_reward("strolls", WALK, cosine) > 0
     assert ar_reward("walk away", WALK, cosine) == 0
-
-
-def test_a_description_must_name_every_verb_unless_told_otherwise():
-    assert score("vd", thought("A person laughs"), sample(WALK))["vd"] == 0
-    assert score("vd", thought("A person laughs"), sample(WALK), vd_match="any")["vd"] == 1

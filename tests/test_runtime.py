@@ -2,14 +2,18 @@
 
 import dataclasses
 import datetime
+import functools
 import importlib
 import io
 import json
+import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +23,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 from shared import ROOT
 
-from engine import runtime
+from engine import recovery, runtime
+from engine.clips import _start_method
+from engine.files import seal
 from engine.progress import progress
 from engine.runtime import (
     Log,
@@ -29,9 +35,11 @@ from engine.runtime import (
     group_metrics,
     launch,
     now,
+    on_rank_0,
     random_generator,
     say,
     setup_distributed,
+    together,
 )
 from engine.settings import UserError, changed_options, flag, option, parse_settings
 from engine.video import VideoError
@@ -42,11 +50,10 @@ from invert4tvg import Config
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--p", "1.5"], "--p is 1.5"), (["--group-size", "1"], "--group-size 1"), (["--lr", "0"], "--lr is 0.0"),
+    (["--p", "1.5"], "--p is 1.5"), (["--group-size", "1"], "--group-size 1"),
     (["--no-such-option"], "--no-such-option"), (["--inversion-tasks", "vc", "xy"], "'xy'"), (["--mu", "x"], "'x'"),
-    (["--min-frame-pixels", "900000"], "--max-frame-pixels"), (["--kl-coef", "-1"], "--kl-coef is -1.0"),
+    (["--min-frame-pixels", "900000"], "--max-frame-pixels"),
     (["--demonstrations", "d.jsonl", "--annotations", "a.txt"], "--annotations"),
-    (["--demonstrations", "d.jsonl", "--save-rollouts", "1"], "--save-rollouts"),
     (["--eval-annotations", "a.txt"], "--eval-every"), (["--seed", str(2**70)], f"at most {2**63 - 1}"),
     (["--betas", "0.9"], "--betas is 0.9;"), (["--betas", "0.9", "1.0"], "--betas is 0.9 1.0;"),
     (["--reward-weights", "anchor_weight=2"], "no weight of the reward iou"),
@@ -111,21 +118,29 @@ def another(f):
         return not f.default
     if f.metadata["choices"]:
         return f.metadata["choices"][-1:] if f.type is tuple else f.metadata["choices"][-1]
+    if f.type is tuple:
+        return ("x",)
     return f.default / 2 if f.type is float else f.default + (1 if f.type is int else "x")
 
 
-@pytest.mark.parametrize("f", [f for f in dataclasses.fields(Config) if f.metadata["unless"] or f.metadata["needs"]],
-                         ids=lambda f: f.name)
-def test_an_option_without_meaning_is_refused_beside_its_reason(f):
+@pytest.mark.parametrize("cls, f", [
+    (cls, f) for cls in (Config, EvalSettings) for f in dataclasses.fields(cls)
+    if f.metadata["unless"] or f.metadata["needs"]], ids=lambda x: getattr(x, "name", None))
+def test_an_option_without_meaning_is_refused_beside_its_reason(cls, f):
     other = f.metadata["unless"] or f.metadata["needs"]
-    config = Config(**{f.name: another(f)})
+    config = cls(**{f.name: another(f)})
     if f.metadata["unless"]:
         config.check()
         config = dataclasses.replace(config, **{other: "demos.jsonl"})
     with pytest.raises(UserError, match=f"{option(f.name)} has no meaning .*{option(other)};"):
         config.check()
     if f.metadata["needs"]:
-        dataclasses.replace(config, **{other: 1}).check()
+        dataclasses.replace(config, **{other: {"video": "a.mp4", "query": ("person runs",)}.get(other, 1)}).check()
+
+
+def test_a_query_that_says_nothing_is_refused():
+    with pytest.raises(UserError, match="--query ' . ' says nothing"):
+        EvalSettings(video="a.mp4", query=("person runs", " . ")).check()
 
 
 def test_options_may_stand_in_a_file(tmp_path):
@@ -282,6 +297,29 @@ def test_one_signal_asks_to_stop_and_a_second_is_left_to_the_system(number, alon
         assert signal.getsignal(each) == signal.SIG_DFL
 
 
+def test_a_closed_terminal_does_not_stop_what_nohup_has_started(alone):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopSignal()
+    signal.raise_signal(signal.SIGHUP)
+    assert not stop.on_any_rank(alone)
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.on_any_rank(alone) and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_no_worker_outlives_its_program(tmp_path):
+    workers = []
+
+    def program(settings, device):
+        workers.append(multiprocessing.get_context(_start_method()).Process(target=time.sleep, args=(60,)))
+        workers[0].start()
+        raise UserError("It is wrong.")
+
+    with pytest.raises(SystemExit):
+        launch(program, Config(output=str(tmp_path)))
+    workers[0].join(10)
+    assert workers[0].exitcode == -signal.SIGKILL
+
+
 def test_the_end_of_torchrun_asks_to_stop_too(alone, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     stop = StopSignal()
@@ -304,12 +342,14 @@ def test_random_numbers_depend_on_their_stream_alone():
 
 
 def test_group_metrics_by_hand():
-    scores = [{"format": f, "iou": i, "total": f + i} for f, i in ((1.0, 0.5), (0.0, 0.0), (1.0, 0.25), (1.0, 0.25))]
+    parts = ((1.0, 0.5, 0.0), (0.0, 0.0, 0.0), (1.0, 0.25, 3.0), (1.0, 0.25, 4.0))
+    scores = [{"format": f, "iou": i, "total": f + i, "anchors": a} for f, i, a in parts]  # the last one only logged
     metrics = group_metrics("tvg", scores, G=2)
     assert metrics["tvg/format"] == 0.75 and metrics["tvg/iou"] == 0.25 and metrics["tvg/total"] == 1.0
     assert metrics["tvg/format_std"] == pytest.approx(0.5**0.5 / 2)  # of 1, 0 and of 1, 1
     assert metrics["tvg/total_std"] == pytest.approx(1.5 * 0.5**0.5 / 2)
-    assert metrics["zero_spread"] == 0.5 and len(metrics) == 7
+    assert metrics["zero_spread"] == 0.5 and len(metrics) == 9  # the totals of the second group are equal
+    assert group_metrics("tvg", scores[:2] * 2, G=2)["zero_spread"] == 0  # those of none, though all anchors are
 
 
 def test_metrics_are_averaged_over_those_that_have_them():
@@ -358,11 +398,16 @@ def test_which_options_may_change_when_a_run_or_an_evaluation_goes_on():
     assert free(EvalSettings) == both | {"against"}
 
 
-def test_which_options_have_no_meaning_with_demonstrations():
+def test_which_options_have_no_meaning_beside_others():
     # Nothing is drawn, sampled, rewarded, or held near a reference.
     found = {f.name for f in dataclasses.fields(Config) if f.metadata["unless"] == "demonstrations"}
     assert found == {"p", "inversion_tasks", "inversion_reward", "vd_verb_cap", "group_size", "temperature", "kl_coef",
                      "save_rollouts"}
+    # And with a video of one's own, which is asked about: it is no row of a file, and nothing is written.
+    fields = dataclasses.fields(EvalSettings)
+    assert {f.name for f in fields if f.metadata["unless"] == "video"} == {
+        "annotations", "videos", "windows", "output", "tasks", "samples", "limit", "against"}
+    assert {f.name: f.metadata["needs"] for f in fields if f.metadata["needs"]} == {"video": "query", "query": "video"}
 
 
 def test_every_number_is_above_zero_or_may_be_zero():
@@ -383,15 +428,52 @@ def test_what_is_inherited_is_checked_together_with_what_is_given(capsys):
     assert "--min-frame-pixels 800 is above --max-frame-pixels 784" in capsys.readouterr().err
 
 
-def stop_one_of_two(rank, folder):
-    """Rank `rank` of two, of which the second has caught a signal, notes whether it stops."""
+def as_one_of_two(rank, folder):
+    """Rank `rank` of two, on which everything differs, notes what both decide."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    cpu = torch.device("cpu")
+    found = {}
     stop = StopSignal()
     stop.caught = rank == 1
-    (folder / str(rank)).write_text(str(stop.on_any_rank(torch.device("cpu"))), encoding="utf-8")
+    found["stops"] = stop.on_any_rank(cpu)
+    found["finite"] = recovery.finite_everywhere([1.0, math.nan if rank == 1 else 1.0], cpu)
+    for ahead in (0, 1):  # the clock of one has gone on for four minutes
+        clock = iter([0.0, 240.0 * (rank == ahead), 240.0])
+        recovery.time = SimpleNamespace(monotonic=functools.partial(next, clock))
+        saves = recovery.Saves(recovery.Saving(save_minutes=3.0), 100, cpu)
+        found[f"due by the clock of {ahead}"] = saves.are_due(1, {"skipped": 0.0}, False)
+
+    def fail():
+        raise UserError(f"It is wrong on rank {rank}.")
+
+    for name, function in (("together", lambda: together(fail if rank == 1 else lambda: None)),
+                           ("on rank 0", lambda: on_rank_0(fail))):
+        try:
+            function()
+        except UserError as error:
+            found[name] = str(error)
+    found["newest"] = recovery.newest_whole(folder).name
+    (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def test_a_signal_to_one_process_stops_both(tmp_path):
-    torch.multiprocessing.start_processes(stop_one_of_two, (tmp_path,), nprocs=2, start_method="fork")
-    assert [(tmp_path / str(rank)).read_text(encoding="utf-8") for rank in (0, 1)] == ["True", "True"]
+def test_what_one_of_two_processes_sees_both_decide(tmp_path):
+    # The newest checkpoint is damaged in the file that rank 0 reads, the one before it in that of rank 1.
+    for number, damaged in ((1, ""), (2, "b"), (3, "a")):
+        folder = tmp_path / f"checkpoint-{number:06d}"
+        folder.mkdir()
+        for name in "ab":
+            (folder / name).write_text("whole")
+        (folder / "manifest.json").write_text(json.dumps({"files": seal(sorted(folder.iterdir()))}))
+        if damaged:
+            (folder / damaged).write_text("wrong")  # of the same size
+    (tmp_path / "checkpoint-000002.damaged").mkdir()  # an earlier one of that name
+    torch.multiprocessing.start_processes(as_one_of_two, (tmp_path,), nprocs=2, start_method="fork")
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) == {
+            "stops": True, "finite": False, "due by the clock of 0": True, "due by the clock of 1": False,
+            "together": "It is wrong on rank 1.", "on rank 0": "It is wrong on rank 0.", "newest": "checkpoint-000001"}
+    assert {path.name for path in tmp_path.glob("checkpoint*")} == {
+        "checkpoint-000001", "checkpoint-000002.damaged", "checkpoint-000003.damaged"}
+    assert (tmp_path / "checkpoint-000002.damaged" / "b").read_text() == "wrong"  # it takes the earlier one's place

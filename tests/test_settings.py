@@ -135,9 +135,10 @@ def test_epochs_count_passes_over_the_samples_and_the_rate_may_stay(words, tmp_p
 def test_rows_and_videos_of_the_evaluation_are_the_ones_named(words, tmp_path):
     (tmp_path / "other").mkdir()
     write_video(tmp_path / "other" / "CCC.mp4", FRAMES[:10])
-    (tmp_path / "test.txt").write_text("".join(f"CCC 0 {i + 1}##person runs {i} times.\n" for i in range(4)))
-    measured = ["--eval-every", 1, "--eval-annotations", tmp_path / "test.txt", "--eval-videos", tmp_path / "other",
-                "--eval-limit", 2]
+    rows = [{"qid": i, "vid": "CCC", "query": f"person runs {i} times", "duration": 2,
+             "relevant_windows": [[0, i + 1], [0, 1]]} for i in range(4)]
+    measured = ["--eval-every", 1, "--eval-annotations", write_lines(tmp_path / "test.jsonl", rows), "--eval-videos",
+                tmp_path / "other", "--eval-limit", 2]
     with scripted(reply("1 to 2")):
         output = train(parse(invert4tvg.Config, *words, *TRAINING, "--p", 1, *measured))
     for iteration in (0, 1):
@@ -145,6 +146,9 @@ def test_rows_and_videos_of_the_evaluation_are_the_ones_named(words, tmp_path):
         assert sorted({line["row"] for line in lines}) == [0, 2]  # two of four, evenly spaced
         assert {line["video"] for line in lines} == {str(tmp_path / "other" / "CCC.mp4")}
         assert len(lines) == 2 * 4  # all four tasks
+        # A query is one row, whose best window counts, though training takes each window for a row.
+        assert {(line["query"], str(line["alternatives"])) for line in lines} == {
+            (f"person runs {i} times", "[[0.0, 1.0]]") for i in (0, 2)}
 
 
 def test_evaluate_py_measures_the_rows_tasks_and_windows_named(words, tmp_path):

@@ -75,6 +75,8 @@ def check_reference(settings):
         inputs = prompts, ids, torch.ones_like(ids, dtype=torch.bool)
         for keep_tower in (False, True):
             policy = grpo.Policy(load_model(settings.model, device)[0], processor.banned, 1.0)
+            if keep_tower:  # and a head tied to the embeddings, as in the published 3B
+                policy.model.lm_head.weight = policy.model.get_input_embeddings().weight
             given = None if keep_tower else features
             with torch.no_grad():
                 expected, _ = policy(*inputs, given)

@@ -70,7 +70,8 @@ ENGLISH = ["person opening box", "a person sneezes", "women ride a jetski togeth
 OTHERS = ["öffnet die tür", "die person öffnet die tür", "ein mann rennt in den raum", "una persona abre la puerta",
           "un uomo apre la porta", "une personne ouvre la porte", "een man opent de deur", "osoba otwiera drzwi",
           "человек открывает дверь", "人が扉を開ける", "一个人打开门", "person 人が扉を開ける now", "开门",
-          "व्यक्ति दरवाजा खोलता है", "aadmi darwaza kholta hai", "la persona abre", "người đàn ông mở cửa"]
+          "व्यक्ति दरवाजा खोलता है", "aadmi darwaza kholta hai", "la persona abre", "người đàn ông mở cửa",
+          "a person opens the дверь now"]
 
 
 def test_english_is_told_from_other_languages():
@@ -80,10 +81,10 @@ def test_english_is_told_from_other_languages():
 
 
 def test_queries_that_cannot_be_inverted_are_counted():
-    counted = count_coverage([DOOR, WALK, "a red door", "öffnet die tür", "一个人打开门"])
+    counted = count_coverage([DOOR, WALK, "a red door", "öffnet die tür", "一个人打开门", WALK, "a red door"])
     assert mask_verbs("öffnet die tür")[1] == ("die",)  # what makes the count of languages necessary
-    assert counted == (5, 2, 2)
-    assert str(counted) == "2 of 5 queries have no verb; 2 look not English and train grounding alone"
+    assert counted == (7, 3, 2)  # rows, each time a query stands in one
+    assert str(counted) == "3 of 7 queries have no verb; 2 look not English and train grounding alone"
 
 
 def test_mask_blanks_verbs_only():

@@ -14,6 +14,7 @@ from shared import TEN_HZ, shown, write_video
 
 from engine import video
 from engine.annotations import Sample, prepare_training
+from engine.packets import Packet, end_of_pictures
 from engine.video import MAX_PIXELS, VideoError, fit_size, read_video
 
 
@@ -276,6 +277,28 @@ def test_targets_are_even_in_number_and_one_period_apart(start, length, fps):
     assert start + length - targets[-1] <= 1 / rate + 1e-5  # up to the end
 
 
+def test_of_two_frames_that_are_equally_near_the_earlier_is_taken():
+    known, targets = np.array([0.0, 1.0, 2.0]), np.array([-1.0, 0.5, 1.5, 1.75, 9.0])
+    assert video._nearest_times(known, targets).tolist() == [0, 0, 1, 2, 2]
+
+
+def test_when_the_last_picture_ends_by_hand():
+    def ends(last, stated=0.0, times=(0.0, 4.0, 1.0)):  # in the file's order: 1 s, then 3 s apart, on the mean 2
+        packets = [Packet(-9.0, 0, is_shown=False)]  # before an mp4's edit list begins
+        packets += [Packet(t, 1, duration=last if t == max(times) else 1.0) for t in times]
+        return end_of_pictures(packets, stated, default=0.5)
+
+    assert ends(1.5) == 5.5  # what it states; it lasts longer than another one
+    assert ends(0.04) == ends(0.0) == 6  # a nominal rate's, or nothing
+    assert ends(9.0, stated=5.0) == 6 and ends(2.5, stated=5.0) == 6.5  # a file may end a picture later than it states
+    assert ends(0.0, times=(4.0,)) == 4.5 and ends(3.0, times=(4.0,)) == 7
+
+
+def test_a_segment_behind_the_last_key_frame_lasts_as_long_as_the_pictures_before_it_tell(tmp_path):
+    path = write_video(tmp_path / "a.mkv", range(0, 10, 2), g="1")  # key frames alone, two seconds each, to 10 s
+    assert shown(read_video(path, start=9.5, end=9.9)) == [4, 4]
+
+
 def garbage(path):
     path.write_bytes(bytes(range(256)) * 40)
 
@@ -448,12 +471,6 @@ def test_a_segment_after_the_videos_end_is_an_error_that_says_so(tmp_path):
         read_video(path, start=20.0, end=25.0)
     assert read_video(path, start=9.0, end=25.0).times.tolist() == pytest.approx([9.0, 9.4], abs=0.11)
     assert read_video(path).end == pytest.approx(9.5) and read_video(path, start=1, end=2).end is None
-
-
-def test_a_file_without_pictures_says_so(tmp_path):
-    sound_only(tmp_path / "a.mp4")
-    with pytest.raises(VideoError, match="it holds no video stream"):
-        read_video(tmp_path / "a.mp4")
 
 
 # ---- Frame sizes
