@@ -152,6 +152,8 @@ def print_time(settings, iterations):
 
 
 def report(settings):
+    if settings.seconds:
+        cards.measured(settings.seconds)  # a mistake should not wait
     model = make_model(settings)
     everything = sum(p.numel() for p in model.parameters())
     vision = sum(p.numel() for p in model.model.visual.parameters())
@@ -186,9 +188,9 @@ def print_table(settings):
                 typical, worst = (estimate(make_model(one), one, plan(one, worst)) for worst in (False, True))
                 sizes = [need.most()[1] / GiB for need in (typical, worst)]
                 host = max(sum(need.host.values()) for need in (typical, worst)) * world_size / GiB
-                cards = ", ".join(f"{gb} GB" for gb in (24, 40, 80) if max(sizes) < gb) or "none of these"
+                fits = ", ".join(f"{gb} GB" for gb in (24, 40, 80) if max(sizes) < gb) or "none of these"
                 print(f"| {model.upper()} | {world_size} | {title} | {sizes[0]:.1f} | {sizes[1]:.1f} | {host:.0f} | "
-                      f"{cards} |", flush=True)
+                      f"{fits} |", flush=True)
     print("\n| model | eight cards | way | " + " | ".join(cards.PARTS) + " | s an iteration | hours | hours at "
           f"{cards.REACHED:.0%} |\n|---|---|---|" + "---|" * (len(cards.PARTS) + 3))
     for model in ("3b", "7b"):

@@ -13,6 +13,7 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-expandable_segments:True}  # as train.sh
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 stopping=
 # scancel signals torchrun on all nodes, not this script. torchrun passes SIGTERM on, and the iteration ends and is saved.
