@@ -28,7 +28,7 @@ done
 gpus=${GPUS:-8}
 case $gpus in 1 | 2 | 4 | 8) ;; *) echo "train.sh: GPUS=$gpus; give 1, 2, 4 or 8." >&2; exit 2 ;; esac
 
-source demo/jobs.sh  # run: a signal ends what runs, after it has saved, for which torchrun's 30 seconds are too few
+source engine/jobs.sh  # run: a signal ends what runs, after it has saved, for which torchrun's 30 seconds are too few
 
 # Eight prompts an iteration on any number of GPUs. Every 500 iterations 200 rows of the test file are measured for the
 # curve (Figure 1, right); choose no setting and no checkpoint by them.

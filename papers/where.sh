@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
 # Sourced by the scripts beside it, with their first argument: a seed of the toy, or charades-3b or charades-7b.
-source demo/jobs.sh
+source engine/jobs.sh
 [ $# -le 1 ] || { echo "$0: give nothing but a seed of the toy, charades-3b or charades-7b." >&2; exit 2; }
 case ${1:-0} in
     charades-3b | charades-7b)
