@@ -5,8 +5,7 @@
     ar   action recognition         one word, a verb of the query                                 Eq. 6, 11
     vd   video description          a text that holds the query's verbs                           Eq. 7, 11
 
-Read from top to bottom: the rewards, the table of tasks, the one parser of completions (in training and evaluation),
-how two verbs compare. Each task adds a format reward (Eq. 9), so a total lies between 0 and 2.
+In this order: the rewards, the table of tasks, the one parser of completions. Each task adds a format reward (Eq. 9).
 
 Verbs are compared as roots: "closes" and "closed" have the root "close". SpaCy(.) in the paper is `root` here, and
 engine/verbs.py shows how spaCy finds `verbs`, their `root`, and the query with its verbs blanked out (`mask_verbs`).
@@ -179,7 +178,7 @@ TASKS = ("tvg", *INVERSIONS)
 
 
 class Grounding(NamedTuple):
-    """What grounding asks for and what it rewards. papers/rewards.py has those of other papers."""
+    """What grounding asks for and what it rewards; `sample` has start < end in training, any times in an evaluation."""
 
     instruction: str  # as in Inversion
     format: Format
@@ -219,15 +218,16 @@ def suitable(task: str, queries: list[str]) -> list[bool]:
 def score(task: str, completion: str, sample, **settings) -> dict[str, float]:
     """The parts of a completion's reward by name, and their sum "total": by default 0 to 2 (Eq. 10, 11).
 
-    `sample` is a data.Sample, of whose segments the best counts; `settings` are fields of `Scoring`. "vd_verbs", the
-    distinct verbs of a description, is logged and no part of the sum: it rises where a model lists verbs. Raises
-    KeyError for an unknown task and TypeError for an unknown setting.
+    `sample` is a data.Sample, of whose segments the one with the highest IoU counts, of equal ones that with the
+    highest total; `settings` are fields of `Scoring`. "vd_verbs", the distinct verbs of a description, is logged and
+    no part of the sum: it rises where a model lists verbs. Raises KeyError for an unknown task and TypeError for an
+    unknown setting.
     """
     scoring = Scoring(**settings)
     form = format_reward(task, completion, scoring)
     if task == "tvg":
         parts = [scoring.grounding.reward(completion, one, form) for one in sample.by_segment()]  # Eq. 10
-        return max(parts, key=lambda p: p["iou"])
+        return max(parts, key=lambda p: (p["iou"], p["total"]))
     inversion = INVERSIONS[task]
     answer = parse_answer(completion) or ""
     reward = inversion.reward(answer, sample.query, scoring)

@@ -314,6 +314,14 @@ def test_a_new_inversion_is_a_line_of_the_table(monkeypatch):
     assert score("count", thought("2"), sample()) == {"format": 1, "count": 1, "digits": 1, "total": 2}
 
 
+def test_where_no_segment_overlaps_the_one_with_the_highest_total_counts():
+    def near(completion, sample, well_formed):
+        return {"iou": 0.0, "total": well_formed + 1 / sample.start}
+
+    two = Sample("a.mp4", DOOR, 10.0, 11.0, alternatives=((4.0, 5.0), (8.0, 9.0)))
+    assert score("tvg", thought("1 to 2"), two, grounding=rewards.IOU._replace(reward=near))["total"] == 1.25
+
+
 def test_cosine_rewards_by_hand():
     close = cosine_similarity("open", "close")
     assert vc_reward("person [opens] the door", DOOR, COSINE) == pytest.approx(close)
