@@ -202,7 +202,8 @@ def rollout(iteration, n, total, **notes):
 
 
 def test_groups_flags_and_advantages_by_hand(tmp_path):
-    first = [rollout(0, n, total) for n, total in enumerate((0, 2, 2, 0))]  # mean 1, deviation 1.1547
+    used = [-1.0, 1.0, 1.0, -1.0]  # as the run used them, here without the division by the deviation
+    first = [rollout(0, n, total, advantage=a) for n, (total, a) in enumerate(zip((0, 2, 2, 0), used))]
     second = [rollout(0, n, 1.0) for n in range(4)]
     third = [rollout(5, n, n, kl=n / 10, cut_off=n == 2) for n in range(4)]
     third[1]["parts"]["format"] = 0.0
@@ -212,7 +213,10 @@ def test_groups_flags_and_advantages_by_hand(tmp_path):
         file.write('{"iteration": 6, "vid')  # being written
     groups = runs.read_groups(tmp_path, 4)
     assert [group.iteration for group in groups] == [5, 0, 0]  # the newest first
-    assert [row["advantage"] for row in groups[1].rows] == pytest.approx([-0.866, 0.866, 0.866, -0.866], abs=1e-3)
+    assert [row["advantage"] for row in groups[1].rows] == used
+    write_lines(tmp_path / "metrics.jsonl", [{"iteration": 0, "task": "vd"}])
+    page = make_page([runs.read_run_folder(tmp_path)])
+    assert page.count("advantage <b>") == 4  # a completion of an earlier version is shown without
     assert groups[2].flags() == {"no-spread"} and groups[0].flags() == {"cut-off", "malformed"}
     assert groups[0].kl() == 0.3 and groups[1].kl() == 0
     same = runs.Group(0, "vd", [row | {"completion": "ab"[n % 2]} for n, row in enumerate(first)])
