@@ -115,7 +115,12 @@ def _add_option(parser, f):
 
 
 def changed_options(before, settings):
-    """The options, free ones left out, in which `settings` differ from what a JSON file of an earlier call holds."""
-    now = json.loads(json.dumps(dataclasses.asdict(settings)))  # tuples become lists
+    """The options, free ones left out, in which `settings` differ from what a JSON file of an earlier call holds.
+
+    An option that the file lacks counts as its default: it is newer than that call.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(settings)}
+    defaults, now = (json.loads(json.dumps(x)) for x in (defaults, dataclasses.asdict(settings)))  # tuples become lists
+    before = defaults | before
     free = {f.name for f in dataclasses.fields(settings) if f.metadata["free"]}
-    return [option(name) for name in now if name not in free and before.get(name) != now[name]]
+    return [option(name) for name in now if name not in free and before[name] != now[name]]
