@@ -56,8 +56,8 @@ class Config(MemorySettings, Saving, data.Settings):
     # the method
     p: float = flag(0.8, "probability that an iteration trains grounding; Eq. 13", least=0, most=1,
                     unless="demonstrations")
-    inversion_tasks: tuple = flag(tuple(rewards.INVERSIONS), "inversion tasks, drawn uniformly; Table 2 ablates them",
-                                  choices=tuple(rewards.INVERSIONS), unless="demonstrations")
+    inversion_tasks: tuple = flag(rewards.TASKS[1:], "vc, ar, vd (Table 2) or MODULE.NAME, drawn uniformly; those that "
+                                  "demonstrations may hold, too", find=rewards.inversion)
     inversion_reward: str = flag("binary", "verb match or similarity; Table 3", choices=tuple(rewards.SIMILARITIES),
                                  unless="demonstrations")
     vd_verb_cap: int = flag(0, "a VD answer with more distinct verbs scores 0; 0: no cap (Eq. 7 has none)", least=0,

@@ -53,6 +53,17 @@ def late_rows(predictions) -> list[str]:
     return list(late.values())
 
 
+def inversion_values(task, parts) -> dict[str, float]:
+    """The metrics of one answer to an inversion: {"VD": 100.0, "VD verbs": 2.0}, its accuracy in percent, what it logs.
+
+    A task of one's own keeps its name, MODULE.NAME.
+    """
+    name = task if "." in task else task.upper()
+    logged = {f"{name} {part.removeprefix(f'{task}_')}": value for part, value in parts.items()
+              if part not in ("format", task, "total")}
+    return {name: 100 * parts[task]} | logged
+
+
 def read_predictions(output, samples=None) -> list[dict]:
     """All predictions of an output folder, with `samples` only those that answer its rows as they are today.
 

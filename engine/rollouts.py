@@ -13,7 +13,7 @@ def append_rollouts(output, iteration, task, samples, texts, scores, ended, batc
 
     "parts" are the rewards, "advantage" is the one of the update, "cut_off" says whether the limit ended the
     completion, and "kl" is the mean k3 of its tokens, None without a reference. The completions come sample by
-    sample, equally many of each. `report` shows them, and papers/stages.py selects among them.
+    sample, equally many of each.
     """
     per_sample = len(texts) // len(samples)
     advantages = [advantage for batch in batches for advantage in batch.advantages.tolist()]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from shared import write_video
 
-import papers.rewards
 import rewards
 from data import (
     Item,
@@ -32,8 +31,8 @@ from rewards import INVERSIONS
 
 
 def test_a_setting_reaches_the_clips_and_the_rewards():
-    settings = Settings(fps=1.0, max_pixels=5, min_frame_pixels=3, max_frame_pixels=4, tvg_reward="anchors",
-                        reward_weights=("anchor_weight=0",), inversion_format="answer", vd_match="any")
+    settings = Settings(fps=1.0, max_pixels=5, min_frame_pixels=3, max_frame_pixels=4,
+                        inversion_format="answer", vd_match="any")
     settings.check()
     assert settings.clip_settings() == {"fps": 1, "max_pixels": 5, "min_frame_pixels": 3, "max_frame_pixels": 4}
     scoring = settings.scoring()
@@ -41,9 +40,6 @@ def test_a_setting_reaches_the_clips_and_the_rewards():
     completion = "<think>a</think> <answer>person laughs</answer>"
     sample = Sample("a.mp4", "a person walks away and laughs", 2.0, 6.0)
     assert rewards.score("vd", completion, sample, **scoring)["total"] == 1  # any verb, but it has thought
-    anchors = "<think><timestamp>2 to 6</timestamp> <timestamp>2 to 6</timestamp></think> <answer>2 to 6</answer>"
-    parts = rewards.score("tvg", anchors, sample, **scoring)
-    assert parts["anchor_reward"] == 1 and parts["total"] == 2  # the anchors weigh nothing
 
 
 def test_training_rows_are_those_that_can_be_trained_on(alone, tmp_path, capsys):
@@ -59,7 +55,7 @@ def test_training_rows_are_those_that_can_be_trained_on(alone, tmp_path, capsys)
     printed = capsys.readouterr().out
     assert "2 samples; 1 ends clamped to the video's, 1 rows dropped for start >= end: AAA.mp4 from 2 to 1 s" in printed
     assert "2 of 2 queries have no verb; 0 look not English" in printed
-    timed = dataclasses.replace(settings, tvg_reward="timestamp_iou")
+    timed = dataclasses.replace(settings, tvg_reward="papers.rewards.timestamp_iou")
     assert [s.query for s in load_training(timed)[0]] == ["a door"]
     (tmp_path / "rows.txt").write_text("AAA 2.0 1.0##a box.\n")
     with pytest.raises(UserError, match="no row is left"):
@@ -93,15 +89,6 @@ def test_inversions_may_answer_without_thinking_but_tvg_may_not():
         asks = prompt_text(task, "q", "answer")
         assert ("<think>" in asks) == (task == "tvg") and asks.endswith("within the <answer> </answer> tags.")
         assert "<think>" in prompt_text(task, "q")
-
-
-def test_anchors_and_lists_of_times_are_asked_of_grounding_alone():
-    for name in papers.rewards.GROUNDINGS:
-        grounding = papers.rewards.grounding(name)
-        asks = prompt_text("tvg", "q", grounding=grounding)
-        assert ("<timestamp>" in asks) == (name == "anchors") and ("<time>" in asks) == (name == "tvg_r1")
-        assert ("<answer>" in asks) == (name != "tvg_r1") and "<think>" in asks
-        assert prompt_text("vd", "q", grounding=grounding) == prompt_text("vd", "q")
 
 
 # ---- The task sampler (Eq. 13)

@@ -10,11 +10,11 @@ import pytest
 from shared import measure, reply, scripted, write_lines, write_video
 
 import evaluate
+import papers.rewards
 import rewards
 from engine import predictions
 from engine.runtime import launch
 from engine.settings import UserError, parse_settings
-from papers.rewards import grounding
 
 
 def prediction(row, task="tvg", video="a.mp4", iou=0.0, value=0.0, span=(0.0, 1.0), format=1.0, verbs=1.0, **more):
@@ -49,7 +49,7 @@ def test_summary_by_hand():
 def test_anchors_are_summarized_by_hand():
     predictions = [prediction(row, anchors=anchors, anchor_gain=gain)
                    for row, (anchors, gain) in enumerate([(0.0, 0.0), (2.0, 0.3), (4.0, 0.1), (5.0, -0.1)])]
-    metrics = evaluate.summarize(predictions, grounding("anchors"))
+    metrics = evaluate.summarize(predictions, papers.rewards.anchors)
     assert metrics["2-4 anchors"] == 50.0
     assert metrics["anchor gain"] == pytest.approx(10.0)  # over the three answers that have anchors
     assert not {"2-4 anchors", "anchor gain"} & set(evaluate.summarize(predictions))
@@ -161,7 +161,7 @@ def test_samples_are_k_draws_of_each_row_the_same_each_time(settings):
 def test_spans_are_read_where_the_reward_asks_for_them(settings, monkeypatch):
     completion = "<think>a</think> <time>[0.5, 2]</time> <answer>1 to 1.5</answer>"
     monkeypatch.setattr(evaluate, "answer", lambda model, processor, samples, items, *_: [[completion] for _ in items])
-    for name, span, iou in (("tvg_r1", [0.5, 2.0], 1.0), ("iou", [1.0, 1.5], 1 / 3)):
+    for name, span, iou in (("papers.rewards.tvg_r1", [0.5, 2.0], 1.0), ("iou", [1.0, 1.5], 1 / 3)):
         changed = dataclasses.replace(settings, tvg_reward=name, tasks=("tvg",), output=settings.output + name)
         launch(evaluate.main, changed)
         first = lines(changed)[0]
@@ -408,8 +408,7 @@ def test_what_a_checkpoint_was_trained_with_holds_where_the_command_line_is_sile
         return parse_settings(evaluate.EvalSettings, "", ["--model", str(trained), *argv], evaluate.trained_with)
 
     settings = parse()
-    assert (settings.fps, settings.max_new_tokens, settings.tvg_reward) == (1.0, 40, "anchors")
-    assert settings.reward_weights == ()  # what was paid for in training is no concern of a measurement
+    assert (settings.fps, settings.max_new_tokens, settings.tvg_reward) == (1.0, 40, "papers.rewards.anchors")
     assert settings.vd_match == "all" and settings.micro_batch == 1  # how to measure is evaluation's own
     printed = capsys.readouterr().out
     assert "--fps 1.0" in printed and "--max-new-tokens 40" in printed and "--inversion-format" not in printed
@@ -481,7 +480,7 @@ def test_rows_that_are_alike_are_sampled_with_noise_of_their_own(settings):
 def test_all_that_shapes_what_a_model_sees_and_writes_comes_from_its_checkpoint(trained):
     used_to = {"fps": 1.0, "max_pixels": 400_000, "min_frame_pixels": 784, "max_frame_pixels": 50_176,
                "max_new_tokens": 40, "inversion_format": "answer", "tvg_format": "answer",
-               "tvg_reward": "timestamp_iou"}
+               "tvg_reward": "papers.rewards.timestamp_iou"}
     record = trained / "checkpoint-000002" / "run.json"
     state = json.loads(record.read_text(encoding="utf-8"))
     state["config"] |= used_to
@@ -491,6 +490,6 @@ def test_all_that_shapes_what_a_model_sees_and_writes_comes_from_its_checkpoint(
 
 def test_time_r1s_reward_asks_an_evaluation_for_no_duration(settings):
     with scripted(reply("0.5 to 2")):
-        metrics = measure(settings, tvg_reward="timestamp_iou", max_new_tokens=60)
+        metrics = measure(settings, tvg_reward="papers.rewards.timestamp_iou", max_new_tokens=60)
     assert metrics["mIoU"] == pytest.approx(100 * (1 + 0 + 1 / 8.5) / 3)  # 0.5 to 2, 2 to 1, which is empty, and 1 to 9
     assert metrics["format"] == 100

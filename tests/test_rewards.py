@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import rewards
 from data import Sample
+from engine.settings import UserError
 from engine.verbs import cosine_similarity, mask_verbs, verbs
 from rewards import (
     FORMATS,
@@ -294,7 +295,7 @@ def test_silence_earns_nothing_where_the_query_has_no_verb(task, inversion_rewar
 
 
 def test_an_unknown_task_or_setting_is_named():  # unknown values of settings: see test_runtime.py
-    with pytest.raises(KeyError, match="tgv"):
+    with pytest.raises(UserError, match="task tgv: is not among vc, ar, vd"):
         score("tgv", "", sample())
     with pytest.raises(TypeError, match="inversion_fromat"):
         score("vd", "", sample(), inversion_fromat="think")
