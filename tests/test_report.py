@@ -8,12 +8,14 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from shared import make_config, reply, scripted, train, write_lines, write_video
 
+import rewards
 from engine.settings import UserError
 from evaluate import paired_bootstrap
 from report import __main__ as program
@@ -299,6 +301,31 @@ def test_a_page_of_a_run_that_has_just_begun(tmp_path):
     page = make_page([runs.read_run_folder(tmp_path)], watched=True)
     assert "<b>running</b>: 1 iterations of 11; about 10 min left" in page and 'http-equiv="refresh"' in page
     assert time.strftime("%Y-%m-%d") in page and 'id="rollouts"' not in page and "nll" in page
+
+
+def test_a_page_knows_a_task_of_ones_own_from_the_run(tmp_path):
+    rows = [{"iteration": 0, "task": "eval", "VC": 50.0, "mIoU": 20.0, "mine.object": 40.0},
+            {"iteration": 0, "task": "mine.object", "mine.object/mine.object": 0.5, "kl": 0.1},
+            {"iteration": 1, "task": "tvg", "tvg/iou": 0.5, "kl": 0.2}]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    found = curves.sections([runs.read_run_folder(tmp_path)])
+    names = {title: [chart["name"] for chart in charts] for title, charts in found.items()}
+    assert names == {"Held-out": ["mIoU", "VC", "mine.object"], "Rewards": ["tvg/iou", "mine.object/mine.object"],
+                     "Policy": ["kl, grounding", "kl, inversions"]}
+
+
+def test_a_reward_of_ones_own_is_imported_where_the_command_line_names_it(folder, tmp_path, monkeypatch, alone):
+    run = shutil.copytree(folder / "one", tmp_path / "run")
+    for record in (run / "config.json", *run.glob("checkpoint-*/run.json")):
+        text = record.read_text(encoding="utf-8")
+        record.write_text(text.replace('"tvg_reward": "iou"', '"tvg_reward": "mine.ends"'), encoding="utf-8")
+    argv = [str(run), "--video", str(folder / "videos" / "AAA.mp4"), "--query", "Person jumps."]
+    with pytest.raises(SystemExit, match="names mine.ends, which is not of this repository"):
+        program.main(argv)
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(ends=rewards.IOU))
+    with scripted(reply("1 to 4")):
+        program.main([*argv, "--tvg-reward", "mine.ends"])
+    assert 'title="1.0 to 4.0 s"' in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_where_a_model_sees_a_query_in_ones_own_video(folder, alone):
