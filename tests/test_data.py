@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -231,10 +233,10 @@ def test_grounding_redraws_reach_every_row_though_no_query_has_a_verb():
 
 def test_a_runs_sampler_knows_which_queries_suit_each_of_its_inversions(monkeypatch):
     two = rewards.Inversion("How many people?", "provide a number,", None, suits=lambda query: "two" in query)
-    monkeypatch.setitem(INVERSIONS, "two", two)
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(two=two))
     samples = [Sample("a.mp4", query, 0.0, 1.0) for query in ("person opens the door", "two red lamps")]
-    draw = make_sampler(Config(inversion_tasks=("vc", "two")), samples, prompts=2, rank=0, world_size=1)
-    assert draw.suits == {"vc": [True, False], "two": [False, True]}
+    draw = make_sampler(Config(inversion_tasks=("vc", "mine.two")), samples, prompts=2, rank=0, world_size=1)
+    assert draw.suits == {"vc": [True, False], "mine.two": [False, True]}
 
 
 def test_every_redraw_is_counted_and_one_slot_without_a_clip_stops_the_run(capsys):

@@ -3,18 +3,21 @@
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from shared import measure, reply, scripted, write_lines, write_video
 
+import engine.settings
 import evaluate
 import papers.rewards
 import rewards
 from engine import predictions
 from engine.runtime import launch
-from engine.settings import UserError, parse_settings
+from engine.settings import UserError, is_ours, parse_settings
 
 
 def prediction(row, task="tvg", video="a.mp4", iou=0.0, value=0.0, span=(0.0, 1.0), format=1.0, verbs=1.0, **more):
@@ -346,9 +349,7 @@ OWN = ["--video", "my.mp4", "--query", "person runs"]
 
 
 def test_a_video_of_ones_own_is_searched_as_the_checkpoint_was_trained(settings, trained, capsys):
-    record = trained / "checkpoint-000002" / "run.json"
-    state = json.loads(record.read_text(encoding="utf-8"))
-    record.write_text(json.dumps(state | {"config": state["config"] | {"max_new_tokens": 60}}), encoding="utf-8")
+    note(trained, max_new_tokens=60)
     video = Path(settings.videos) / "AAA.mp4"  # four seconds
     argv = ["--model", str(trained), "--video", str(video), "--query", "Person runs.", "a red lamp"]
     found = parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with)
@@ -461,14 +462,58 @@ def test_a_batch_may_hold_two_tasks_of_one_row(settings):
 
 
 def test_a_new_inversion_is_measured_on_the_rows_that_suit_it(settings, monkeypatch):
-    lamps = rewards.Inversion("How many lamps?", "provide a number,",
-                              lambda answer, query, scoring: float(answer == "1"), suits=lambda query: "lamp" in query)
-    monkeypatch.setitem(rewards.INVERSIONS, "lamps", lamps)
-    monkeypatch.setattr(rewards, "TASKS", ("tvg", *rewards.INVERSIONS))
-    with scripted(reply("1")):
-        metrics = measure(settings, tasks=("vc", "lamps"), max_new_tokens=60)
-    assert [(p["row"], p["task"]) for p in lines(settings)] == [(0, "vc"), (2, "vc"), (1, "lamps")]
-    assert metrics["LAMPS"] == 100
+    lamps = rewards.Inversion("Complete '{masked_query}'.", "provide a word,",
+                              lambda answer, query, scoring: answer == "red", suits=lambda query: "lamp" in query,
+                              mask=lambda query: (query.replace("red", "[]"), ("red",)), logged={"letters": len})
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(lamps=lamps))
+    with scripted(reply("red")) as calls:
+        metrics = measure(settings, tasks=("vc", "mine.lamps"), max_new_tokens=60)
+    assert [(p["row"], p["task"]) for p in lines(settings)] == [(0, "vc"), (2, "vc"), (1, "mine.lamps")]
+    assert "Complete 'a [] lamp'." in calls[-1].questions()[-1]
+    assert list(metrics)[:4] == ["VC", "mine.lamps", "mine.lamps letters", "rows"]
+    assert (metrics["mine.lamps"], metrics["mine.lamps letters"]) == (100, 3)
+    assert evaluate.paired_bootstrap(lines(settings), lines(settings))["mine.lamps letters"] == (3, 3, 0, 0)
+
+
+def note(trained, **options):
+    """Let the checkpoint's run have been trained with other options."""
+    record = trained / "checkpoint-000002" / "run.json"
+    state = json.loads(record.read_text(encoding="utf-8"))
+    record.write_text(json.dumps(state | {"config": state["config"] | options}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("noted, given, wanted", [
+    ({"tvg_reward": "mine.ends"}, [], "names mine.ends, which is not of this repository"),
+    ({"tvg_reward": "mine.ends"}, ["--tasks", "tvg"], "if you trust it, give --tvg-reward mine.ends;"),
+    ({"tvg_reward": "iou", "inversion_tasks": ["ar", "mine.lamps"]}, [], "give --tasks tvg vc ar vd mine.lamps;")])
+def test_a_checkpoint_does_not_decide_what_is_imported(trained, monkeypatch, capsys, noted, given, wanted):
+    note(trained, **noted)
+    argv = ["--model", str(trained), *given]
+    with pytest.raises(SystemExit):
+        parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with)
+    said = capsys.readouterr().err
+    assert wanted in said and said.count("\n") == 1 and "mine" not in sys.modules
+    lamps = rewards.INVERSIONS["vc"]
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(ends=rewards.IOU, lamps=lamps))
+    argv += ["--tvg-reward", noted["tvg_reward"], "--tasks", "tvg", "mine.lamps"]  # the command line decides
+    assert parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with).tasks == ("tvg", "mine.lamps")
+
+
+def test_a_checkpoint_inside_the_repository_brings_no_module_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.settings, "ROOT", tmp_path)
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "__init__.py").touch()
+    (tmp_path / "room" / "file.py").touch()
+    assert is_ours("room.file.name", tmp_path / "runs" / "run.json")
+    assert not is_ours("room.file.name", tmp_path / "room" / "checkpoint" / "run.json")
+    assert not is_ours("room.none.name", tmp_path / "run.json") and not is_ours("os.path.join", tmp_path / "run.json")
+
+
+@pytest.mark.parametrize("then, today", [("iou", "iou"), ("anchors", "papers.rewards.anchors"),
+                                         ("timestamp_iou", "papers.rewards.timestamp_iou")])
+def test_a_reward_of_an_earlier_version_is_read(trained, then, today):
+    note(trained, tvg_reward=then, reward_weights=[])
+    assert evaluate.trained_with(evaluate.EvalSettings(model=str(trained)))["tvg_reward"] == today
 
 
 def test_rows_that_are_alike_are_sampled_with_noise_of_their_own(settings):
@@ -481,10 +526,7 @@ def test_all_that_shapes_what_a_model_sees_and_writes_comes_from_its_checkpoint(
     used_to = {"fps": 1.0, "max_pixels": 400_000, "min_frame_pixels": 784, "max_frame_pixels": 50_176,
                "max_new_tokens": 40, "inversion_format": "answer", "tvg_format": "answer",
                "tvg_reward": "papers.rewards.timestamp_iou"}
-    record = trained / "checkpoint-000002" / "run.json"
-    state = json.loads(record.read_text(encoding="utf-8"))
-    state["config"] |= used_to
-    record.write_text(json.dumps(state), encoding="utf-8")
+    note(trained, **used_to)
     assert evaluate.trained_with(evaluate.EvalSettings(model=str(trained))) == used_to
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from shared import ROOT
 
+import rewards
 from engine import runtime
 from engine.progress import progress
 from engine.runtime import (
@@ -52,7 +53,11 @@ from invert4tvg import Config
     (["--betas", "0.9"], "--betas is 0.9;"), (["--betas", "0.9", "1.0"], "--betas is 0.9 1.0;"),
     (["--reward-weights", "x=2"], "--reward-weights"), (["--tvg-reward", "giou"], "giou: is not among iou;"),
     (["--tvg-format", "none"], "'none'"), (["--inversion-format", "thinking"], "'thinking'"),
-    (["--inversion-reward", "cos"], "'cos'"),
+    (["--inversion-reward", "cos"], "'cos'"), (["--inversion-tasks", "tvg"], "tvg: is not among vc, ar, vd;"),
+    (["--tvg-reward", "none.x"], "none.x: there is no module none; put none.py into the current folder"),
+    (["--tvg-reward", "rewards.none"], "the module rewards has no none; define a rewards.Grounding of this name"),
+    (["--tvg-reward", "rewards.TASKS"], "rewards.TASKS: is of the class tuple; name a rewards.Grounding"),
+    (["--inversion-tasks", "rewards.IOU"], "is of the class Grounding; name a rewards.Inversion"),
     (["--vd-match", "some"], "'some'"), (["--resume"], "--resume"),
     (["--lr", "nan"], "--lr is nan; it must be a finite number"),
     (["--clip-epsilon", "1e39"], "--clip-epsilon is 1e+39; it must be at most 1e+30"), (["@none.args"], "none.args")])
@@ -61,6 +66,36 @@ def test_a_wrong_option_is_one_sentence(argv, words, capsys):
         parse_settings(Config, "", argv)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and words in message and message.count("\n") == 1
+
+
+def test_a_module_in_the_current_folder_is_found_and_may_be_broken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    (tmp_path / "good_one.py").write_text("import rewards\nends = rewards.IOU", encoding="utf-8")
+    (tmp_path / "bad_one.py").write_text("raise ValueError('on two\\nlines')", encoding="utf-8")
+    assert parse_settings(Config, "", ["--tvg-reward", "good_one.ends"]).grounding() is rewards.IOU
+    with pytest.raises(SystemExit):
+        parse_settings(Config, "", ["--inversion-tasks", "vc", "bad_one.x"])
+    message = capsys.readouterr().err
+    assert "bad_one.x: the module bad_one cannot be imported (ValueError: on two lines); mend it" in message
+    assert message.count("\n") == 1
+
+
+def test_the_papers_tasks_stay_the_default_beside_a_new_line(tmp_path):
+    source = (ROOT / "rewards.py").read_text(encoding="utf-8")
+    line = 'INVERSIONS["new"] = INVERSIONS["vc"]\n'
+    (tmp_path / "rewards.py").write_text(source.replace("TASKS = (", f"{line}TASKS = (", 1), encoding="utf-8")
+
+    def defaults(folder):
+        tiny.forget_project()
+        sys.path.insert(0, str(folder))
+        programs = importlib.import_module("invert4tvg"), importlib.import_module("evaluate")
+        assert "new" in programs[0].rewards.INVERSIONS
+        print(programs[0].Config.inversion_tasks, programs[1].EvalSettings.tasks)
+
+    status = tiny.wait(tiny.start(tmp_path, tmp_path / "output.txt", function=defaults))
+    said = (tmp_path / "output.txt").read_text(encoding="utf-8")
+    assert status == [0] and said == "('vc', 'ar', 'vd') ('tvg', 'vc', 'ar', 'vd')\n", said
 
 
 def test_of_several_processes_one_says_what_is_wrong(capsys, monkeypatch):
@@ -165,6 +200,8 @@ def test_changed_options_are_those_that_matter():
     older = {"folder": "here"}  # of a version without the two others, which therefore had their defaults
     assert changed_options(older, Small()) == [] and changed_options(older, Small(size=2)) == ["--size"]
     assert changed_options(before, Small(2, ("a",))) == ["--size", "--names"]
+    assert changed_options(before | {"reward_weights": []}, Small()) == []  # an option that is gone, at its default
+    assert changed_options(before | {"reward_weights": ["anchor_weight=0"]}, Small()) == ["--reward-weights"]
 
 
 def test_a_mistyped_option_is_said_before_spacy_and_transformers_are_imported():
