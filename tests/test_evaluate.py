@@ -13,7 +13,6 @@ from shared import measure, reply, scripted, write_lines, write_video
 
 import engine.settings
 import evaluate
-import papers.rewards
 import rewards
 from engine import predictions
 from engine.runtime import launch
@@ -47,15 +46,6 @@ def test_summary_by_hand():
     assert metrics["format"] == pytest.approx(200 / 3) and metrics["VC"] == 50.0 and metrics["VD verbs"] == 3.0
     assert metrics["rows"] == {"tvg": 3, "vc": 2, "vd": 1}
     assert metrics["without a span"] == 1 and metrics["reversed spans"] == 1
-
-
-def test_anchors_are_summarized_by_hand():
-    predictions = [prediction(row, anchors=anchors, anchor_gain=gain)
-                   for row, (anchors, gain) in enumerate([(0.0, 0.0), (2.0, 0.3), (4.0, 0.1), (5.0, -0.1)])]
-    metrics = evaluate.summarize(predictions, papers.rewards.anchors)
-    assert metrics["2-4 anchors"] == 50.0
-    assert metrics["anchor gain"] == pytest.approx(10.0)  # over the three answers that have anchors
-    assert not {"2-4 anchors", "anchor gain"} & set(evaluate.summarize(predictions))
 
 
 def test_bootstrap_interval_of_a_constant_difference_is_that_difference():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_evaluate import prediction as evaluated
 from test_rewards import ODD, seconds, thought
 
 import papers.rewards
@@ -17,6 +18,7 @@ import rewards
 from data import Sample, Settings, prompt_text
 from engine.annotations import load_annotations, load_demonstrations
 from engine.settings import UserError
+from evaluate import summarize
 from papers import stages
 from papers.rewards import anchor_metrics, anchor_reward, parse_anchors, soft_iou, timestamp_aware_iou
 from rewards import Scoring, format_reward, parse_span, score, temporal_iou
@@ -210,6 +212,15 @@ def test_tar_tvg_by_hand():
                      "anchor_gain": pytest.approx(2 / 3), "total": pytest.approx(1 + 1 + 2 * value)}
     worst = score("tvg", "nothing", sample(), grounding=grounding("anchors"))
     assert worst["total"] == -1 and worst["anchor_gain"] == 0
+
+
+def test_anchors_are_summarized_by_hand():
+    predictions = [evaluated(row, anchors=anchors, anchor_gain=gain)
+                   for row, (anchors, gain) in enumerate([(0.0, 0.0), (2.0, 0.3), (4.0, 0.1), (5.0, -0.1)])]
+    metrics = summarize(predictions, papers.rewards.anchors)
+    assert metrics["2-4 anchors"] == 50.0
+    assert metrics["anchor gain"] == pytest.approx(10.0)  # over the three answers that have anchors
+    assert not {"2-4 anchors", "anchor gain"} & set(summarize(predictions))
 
 
 def test_anchor_metrics_by_hand():
