@@ -132,7 +132,7 @@ def format_metrics(metrics: dict) -> str:
 
 def format_comparison(table: dict) -> str:
     """What `evaluate.paired_bootstrap` returns -> a table, a line a metric."""
-    width = max(10, *(len(name) + 1 for name in table))
+    width = max([10, *(len(name) + 1 for name in table)])
     lines = [f"\n{'metric':<{width}}{'this':>8}{'other':>8}{'difference':>12}   95% interval over videos"]
     for name, (a, b, low, high) in table.items():
         lines.append(f"{name:<{width}}{a:8.1f}{b:8.1f}{a - b:+12.1f}   [{low:+.1f}, {high:+.1f}]")

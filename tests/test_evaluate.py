@@ -339,7 +339,7 @@ OWN = ["--video", "my.mp4", "--query", "person runs"]
 
 
 def test_a_video_of_ones_own_is_searched_as_the_checkpoint_was_trained(settings, trained, capsys):
-    note(trained, max_new_tokens=60)
+    note(trained, max_new_tokens=60, inversion_tasks=["mine.lamps"])  # which nothing here asks for
     video = Path(settings.videos) / "AAA.mp4"  # four seconds
     argv = ["--model", str(trained), "--video", str(video), "--query", "Person runs.", "a red lamp"]
     found = parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with)
@@ -347,7 +347,7 @@ def test_a_video_of_ones_own_is_searched_as_the_checkpoint_was_trained(settings,
         launch(evaluate.main, found)
     assert len(calls) == 2 and all(call.temperature == 0 for call in calls)
     (first,) = calls[0].questions()
-    assert 'the event "person runs" in the video' in first and "<timestamp>" in first  # trained with anchors
+    assert 'the event "person runs" in the video' in first and "<think>" not in first  # as in training
     printed = capsys.readouterr().out
     assert "4 frames of" in printed and "1 a second" in printed
     assert "these seconds:\n0.00, 1.00, 2.00, 3.00\n" in printed
@@ -386,8 +386,8 @@ def test_a_video_that_cannot_be_read_is_one_sentence(settings, capsys):
 
 @pytest.fixture()
 def trained(settings, tmp_path, checkpoint):
-    """The output folder of a run that saw videos in its own way and rewarded anchors."""
-    config = dataclasses.asdict(settings) | {"fps": 1.0, "max_new_tokens": 40, "tvg_reward": "anchors",
+    """The output folder of a run that saw videos in its own way and answered without thinking."""
+    config = dataclasses.asdict(settings) | {"fps": 1.0, "max_new_tokens": 40, "tvg_format": "answer",
                                              "reward_weights": ["anchor_weight=0"], "vd_match": "any"}
     folder = Path(shutil.copytree(checkpoint, tmp_path / "run" / "checkpoint-000002"))
     (folder / "run.json").write_text(json.dumps({"iteration": 2, "iterations": 2, "prompts": 2, "config": config}))
@@ -399,7 +399,7 @@ def test_what_a_checkpoint_was_trained_with_holds_where_the_command_line_is_sile
         return parse_settings(evaluate.EvalSettings, "", ["--model", str(trained), *argv], evaluate.trained_with)
 
     settings = parse()
-    assert (settings.fps, settings.max_new_tokens, settings.tvg_reward) == (1.0, 40, "papers.rewards.anchors")
+    assert (settings.fps, settings.max_new_tokens, settings.tvg_format) == (1.0, 40, "answer")
     assert settings.vd_match == "all" and settings.micro_batch == 1  # how to measure is evaluation's own
     printed = capsys.readouterr().out
     assert "--fps 1.0" in printed and "--max-new-tokens 40" in printed and "--inversion-format" not in printed
@@ -411,6 +411,7 @@ def test_what_a_checkpoint_was_trained_with_holds_where_the_command_line_is_sile
 
 
 def test_anchors_are_measured_where_they_were_trained(settings, trained):
+    note(trained, tvg_reward="papers.rewards.anchors", tvg_format="think")
     argv = ["--model", str(trained), "--annotations", settings.annotations, "--videos", settings.videos, "--output",
             settings.output, "--tasks", "tvg", "--workers", "0", "--max-new-tokens", "5"]
     launch(evaluate.main, parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with))

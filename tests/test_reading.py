@@ -139,11 +139,12 @@ def run(config, cwd, *argv):
 def test_rewards_and_a_task_of_ones_own_train_and_are_measured(tmp_path, checkpoint, work):
     config = make_config(tmp_path, checkpoint)
     learn = ("--model", checkpoint, "--iterations", 4, "--seed", 1, "--max-new-tokens", 4, "--p", 0.5,
-             "--inversion-tasks", "mine.object")
+             "--inversion-tasks", "mine.object", "--eval-every", 4, "--eval-annotations", config.annotations)
     for name in ("ends", "near"):
         output = tmp_path / name
         run(config, work, ROOT / "invert4tvg.py", *learn, "--tvg-reward", f"mine.{name}", "--output", output)
-        rows = log_of(output)
+        measured, *rows, last = log_of(output)
+        assert measured["task"] == last["task"] == "eval" and {"VD", "mine.object", "mine.object words"} <= last.keys()
         assert {row["task"] for row in rows} == {"tvg", "mine.object"}
         for row in rows:
             assert (f"tvg/{name}" in row) == (row["task"] == "tvg")
