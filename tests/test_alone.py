@@ -13,18 +13,17 @@ from conftest import BESIDE
 from shared import ROOT, make_config
 
 
-@pytest.fixture(scope="module")
-def house(tmp_path_factory):
+@pytest.fixture()
+def house(tmp_path):
     """The repository's tracked files, but for these folders."""
     if not (ROOT / ".git").exists():
         pytest.skip("which files are tracked, git alone knows")
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
-    folder = tmp_path_factory.mktemp("house")
     for name in tracked.stdout.splitlines():
         if name.split("/")[0] not in BESIDE and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    return folder
+            (tmp_path / "house" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / "house" / name)
+    return tmp_path / "house"
 
 
 def be_alone(arguments):

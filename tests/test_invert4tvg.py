@@ -2,28 +2,14 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
-from shared import (
-    QUERIES,
-    banned_by,
-    byte_tokenizer,
-    demonstrated,
-    log_of,
-    make_prompt,
-    tiny_model,
-    token_ids,
-    train,
-    weights_of,
-    write_lines,
-)
+from shared import QUERIES, banned_by, byte_tokenizer, log_of, make_prompt, tiny_model, token_ids, train, weights_of
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -120,17 +106,6 @@ def test_sharded_bfloat16_training_equals_float32_adamw_within_rounding(of_two_r
 
 
 # ------------------------------------------------------------------------------------------------ supervised stage
-
-
-def test_demonstrations_may_hold_tasks_that_the_command_line_names(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(object=rewards.INVERSIONS["ar"]))
-    line = {"video": "AAA", "query": "person runs", "start": 0, "end": 2, "task": "mine.object", "completion": "x"}
-    config = dataclasses.replace(config, demonstrations=write_lines(tmp_path / "demos.jsonl", [line]))
-    named = dataclasses.replace(config, inversion_tasks=("vc", "mine.object"))
-    assert demonstrated(named) == [("person runs", "x", "mine.object")]
-    with pytest.raises(SystemExit):
-        demonstrated(config)
-    assert "mine.object" in capsys.readouterr().err
 
 
 def test_supervised_steps_equal_a_plain_cross_entropy_loop(config, tmp_path):

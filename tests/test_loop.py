@@ -327,10 +327,10 @@ def test_the_samplers_own_texts_have_the_probabilities_of_the_training_pass_and_
 
 def test_a_demonstration_keeps_its_text_and_task_where_another_ones_video_is_missing(four_demonstrations, tmp_path):
     rows = [{"video": name, "query": f"query {name}", "start": 0, "end": 2, "task": task, "completion": f"text {name}"}
-            for name, task in (("GONE", "tvg"), ("AAA", "vc"), ("BBB", "vd"))]
+            for name, task in (("GONE", "tvg"), ("AAA", "vc"), ("BBB", "mine.object"))]
     config = dataclasses.replace(four_demonstrations, demonstrations=write_lines(tmp_path / "three.jsonl", rows),
-                                 allow_missing_videos=True)
-    assert demonstrated(config) == [("query aaa", "text AAA", "vc"), ("query bbb", "text BBB", "vd")]
+                                 allow_missing_videos=True, inversion_tasks=("vc", "mine.object"))
+    assert demonstrated(config) == [("query aaa", "text AAA", "vc"), ("query bbb", "text BBB", "mine.object")]
 
 
 def test_an_evaluation_of_an_earlier_run_is_not_taken_for_this_ones(quick):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from shared import ROOT, log_of, make_config, reply, rollouts_of
+from shared import ROOT, log_of, make_config, reply
 
 import grpo
 import rewards
@@ -167,16 +167,12 @@ def test_a_changed_line_and_prompt_train(tmp_path, checkpoint):
     place = source.index("\n}\n", source.index("FORMATS = {")) + 3
     (house / "rewards.py").write_text(f"{source[:place]}{PROMPT}{source[place:]}", encoding="utf-8")
     config = make_config(tmp_path, checkpoint)
-    run(config, house, "invert4tvg.py", "--model", checkpoint, "--iterations", 2, "--p", 0.5, "--save-rollouts", 1,
-        "--inversion-format", "brief", "--max-new-tokens", 4, "--output", tmp_path / "run")
+    run(config, house, "invert4tvg.py", "--model", checkpoint, "--iterations", 2, "--p", 0.5, "--max-new-tokens", 4,
+        "--inversion-format", "brief", "--output", tmp_path / "run")
     namespace = {}
     exec((house / "grpo.py").read_text(encoding="utf-8"), namespace)
     r = torch.tensor([[2, 1, 1, 0.0]])
     assert namespace["group_advantages"](r).tolist() == [[1, 0, 0, -1]]  # divided by the spread: 1.22, 0, 0, -1.22
-    for first in range(0, len(rollouts_of(tmp_path / "run")), 8):
-        group = rollouts_of(tmp_path / "run")[first:first + 8]
-        mean = sum(row["parts"]["total"] for row in group) / 8
-        assert [row["advantage"] for row in group] == pytest.approx([row["parts"]["total"] - mean for row in group])
 
 
 def test_the_rewards_and_the_task_by_hand(mine):
@@ -192,8 +188,7 @@ def test_the_rewards_and_the_task_by_hand(mine):
     assert total("near", "2 to 6", Sample("A.mp4", "a lamp", 6.0, 6.0)) == 1  # no length to divide by
 
     task = mine.object
-    assert task.reward(" Door. ", "person opens the door", None) == 1
-    assert task.reward("window", "person opens the door", None) == 0
+    assert [task.reward(answer, sample.query, None) for answer in (" Door. ", "window")] == [1, 0]
     assert task.suits("person opens it") and not task.suits("person runs")
     assert "'person opens the []'" in prompt_text("mine.object", "person opens the door")
 

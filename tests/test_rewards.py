@@ -307,14 +307,6 @@ def test_which_queries_suit_a_task():
     assert suitable("vc", queries) == suitable("ar", queries) == suitable("vd", queries) == [True, False, True]
 
 
-def test_a_new_inversion_is_a_line_of_the_table(monkeypatch):
-    count = rewards.Inversion("How many people?", "provide a number", lambda answer, query, scoring: answer == "2",
-                              suits=lambda query: "people" in query, logged={"digits": len})
-    monkeypatch.setitem(rewards.INVERSIONS, "count", count)
-    assert suitable("count", ["two people run", DOOR]) == [True, False]
-    assert score("count", thought("2"), sample()) == {"format": 1, "count": 1, "digits": 1, "total": 2}
-
-
 def test_where_no_segment_overlaps_the_one_with_the_highest_total_counts():
     def near(completion, sample, well_formed):
         return {"iou": 0.0, "total": well_formed + 1 / sample.start}
