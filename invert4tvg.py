@@ -49,8 +49,8 @@ class Config(MemorySettings, Saving, data.Settings):
     """The settings of a training run: those of data.Settings (files, videos, formats), of memory, of saving, and these.
 
     A number is above `above`, at least `least`, at most `most`. needs="x": valid only together with --x. unless="x":
-    not allowed together with --x. free: may change when a run goes on. engine/settings.py checks all of this.
-    "Released code" is the repository that the paper's authors published.
+    not allowed together with --x. free: may change when a run goes on. find: looks a name up. engine/settings.py checks
+    all of this. "Released code" is the repository that the paper's authors published.
     """
 
     # the method

@@ -53,7 +53,7 @@ def temporal_iou(a: Span, b: Span) -> float:
     if not (a_start < a_end and b_start < b_end):
         return 0.0
     intersection = max(0.0, min(a_end, b_end) - max(a_start, b_start))
-    union = max(a_end, b_end) - min(a_start, b_start)  # with the gap where they do not overlap: 0 over it is 0 still
+    union = max(a_end, b_end) - min(a_start, b_start)  # exact where they overlap; where they do not, the ratio is 0
     return float(intersection / union) if 0 < union < float("inf") else 0.0  # Eq. 8
 
 

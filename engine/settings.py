@@ -1,4 +1,7 @@
-"""A dataclass as the command line of a program: every field is an option with its default, limits and explanation."""
+"""A dataclass as the command line of a program: every field is an option with its default, limits and explanation.
+
+Behind it: options that earlier calls noted, and objects that options name by their place.
+"""
 
 import argparse
 import dataclasses
@@ -176,8 +179,9 @@ def look_up(option, name, table, kind):
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{option} {name}: the module {module} cannot be imported ({reason}); mend it.") from error
     if not hasattr(found, attribute):
-        raise UserError(f"{option} {name}: the module {module} has no {attribute}; define {wanted} of this name there, "
-                        "or correct the name.")
+        place = getattr(found, "__file__", None) or module
+        raise UserError(f"{option} {name}: {place} has no {attribute}; define {wanted} of this name there, or correct "
+                        "the name.")
     value = getattr(found, attribute)
     if not isinstance(value, kind):
         raise UserError(f"{option} {name}: is of the class {type(value).__name__}; name {wanted}.")

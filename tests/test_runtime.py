@@ -55,7 +55,7 @@ from invert4tvg import Config
     (["--tvg-format", "none"], "'none'"), (["--inversion-format", "thinking"], "'thinking'"),
     (["--inversion-reward", "cos"], "'cos'"), (["--inversion-tasks", "tvg"], "tvg: is not among vc, ar, vd;"),
     (["--tvg-reward", "none.x"], "none.x: there is no module none; put none.py into the current folder"),
-    (["--tvg-reward", "rewards.none"], "the module rewards has no none; define a rewards.Grounding of this name"),
+    (["--tvg-reward", "rewards.none"], "rewards.py has no none; define a rewards.Grounding of this name"),
     (["--tvg-reward", "rewards.TASKS"], "rewards.TASKS: is of the class tuple; name a rewards.Grounding"),
     (["--inversion-tasks", "rewards.IOU"], "is of the class Grounding; name a rewards.Inversion"),
     (["--vd-match", "some"], "'some'"), (["--resume"], "--resume"),
