@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import papers.rewards
 import rewards
 from engine.annotations import (
     WINDOWS,
@@ -64,9 +63,8 @@ class Settings:
                                  "alone (released code)", choices=tuple(rewards.FORMATS))
     tvg_format: str = flag("think", "format of grounding's answers: think and answer (Eq. 9), or answer alone",
                            choices=tuple(rewards.FORMATS))
-    tvg_reward: str = flag("iou", "what grounding is asked for and rewarded with: IoU (Eq. 10), or another paper's "
-                           "(papers/README.md)", choices=tuple(papers.rewards.GROUNDINGS))
-    reward_weights: tuple = flag((), "NAME=NUMBER weights of another paper's reward, such as anchor_weight=0")
+    tvg_reward: str = flag("iou", "what grounding is asked for and rewarded with: IoU (Eq. 10), or MODULE.NAME of a "
+                           "rewards.Grounding, another paper's or your own", find=rewards.grounding)
     vd_match: str = flag("all", "a VD answer must name all or any of the query's verbs (Eq. 7 leaves it open)",
                          choices=("all", "any"))
     workers: int = flag(4, "processes that decode videos ahead of the loop, on each rank", least=0, free=True)
@@ -81,7 +79,8 @@ class Settings:
 
     def grounding(self) -> rewards.Grounding:
         """What grounding is asked for and rewarded with."""
-        return papers.rewards.grounding(self.tvg_reward, self.reward_weights, self.tvg_format)
+        found = rewards.grounding(self.tvg_reward)
+        return found if self.tvg_format == "think" else found._replace(format=rewards.FORMATS[self.tvg_format])
 
     def scoring(self) -> dict:
         """The settings of `rewards.score` with which answers are measured."""
@@ -93,10 +92,9 @@ class Settings:
         if self.min_frame_pixels > self.max_frame_pixels:
             raise UserError(f"--min-frame-pixels {self.min_frame_pixels} is above --max-frame-pixels "
                             f"{self.max_frame_pixels}; lower the first or raise the second.")
-        try:
-            self.grounding()
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        if self.tvg_format != "think" and rewards.grounding(self.tvg_reward).format != rewards.IOU.format:
+            raise UserError(f"--tvg-format {self.tvg_format} does not go with --tvg-reward {self.tvg_reward}, which "
+                            "has a format of its own; leave one of them out.")
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -145,7 +143,8 @@ def load_training(settings) -> tuple[list[Sample], None, None]:
 def load_imitated(settings) -> tuple[list[Sample], list[str], list[str]]:
     """--demonstrations -> (samples, completions, tasks), without those whose video is missing. Raises UserError."""
     try:
-        demonstrations = load_demonstrations(settings.demonstrations, settings.videos, rewards.TASKS)
+        tasks = ("tvg", *settings.inversion_tasks)
+        demonstrations = load_demonstrations(settings.demonstrations, settings.videos, tasks)
     except (OSError, ValueError) as error:
         raise UserError(f"--demonstrations {settings.demonstrations}: {error}") from error
     report_missing([d.sample for d in demonstrations], settings.allow_missing_videos)
@@ -178,17 +177,17 @@ def prompt_text(task: str, query: str, inversion_format: str = "think",
         <answer> </answer> tags.
     """
     if task == "tvg":
-        question = rewards.TVG_QUESTION
-        instruction = grounding.instruction
+        asked = grounding
         form = grounding.format
+        question = rewards.TVG_QUESTION.format(query=query)
     else:
-        question = rewards.INVERSIONS[task].question
-        instruction = rewards.INVERSIONS[task].instruction
+        asked = rewards.inversion(task)
         form = rewards.FORMATS[inversion_format]
-    masked_query = rewards.mask_verbs(query)[0] if "{masked_query}" in question else ""
+        masked_query = asked.mask(query)[0] if "{masked_query}" in asked.question else ""
+        question = asked.question.format(query=query, masked_query=masked_query)
     block = form.blocks[-1]
-    request = f"{form.thinking}{instruction} within the <{block}> </{block}> tags."
-    return question.format(query=query, masked_query=masked_query) + "\n" + request[0].upper() + request[1:]
+    request = f"{form.thinking}{asked.instruction} within the <{block}> </{block}> tags."
+    return question + "\n" + request[0].upper() + request[1:]
 
 
 # ------------------------------------------------------------------------------------------------ what to train on
@@ -221,7 +220,8 @@ class TaskSampler:
         self.slots = range((rank * prompts) // world_size, ((rank + 1) * prompts) // world_size)  # this rank's share
         for task, suited in suits.items():
             if p < 1 and not any(suited):
-                raise ValueError(f"no query suits the task {task} (an inversion needs a verb); use --p 1.")
+                raise ValueError(f"no query suits the task {task} (an inversion needs a verb, or what its `suits` "
+                                 "asks for); use --p 1.")
 
     def task(self, iteration: int) -> str:
         rng = np.random.default_rng([self.seed, TASK, iteration])

@@ -12,7 +12,6 @@ in grounding, and every row that suits it in an inversion.
 """
 
 import json
-import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from engine.predictions import (
     format_comparison,
     format_metrics,
     identity,
+    inversion_values,
     key_of,
     late_rows,
     read_predictions,
@@ -42,7 +42,7 @@ from engine.predictions import (
 from engine.progress import progress
 from engine.prompts import completion_texts
 from engine.runtime import launch, say
-from engine.settings import UserError, flag, option, parse_settings
+from engine.settings import UserError, as_today, flag, inherited, parse_settings
 from engine.text import normalize_query
 from engine.video import read_video
 
@@ -61,25 +61,23 @@ def grounding_metrics(ious) -> dict[str, float]:
 
 
 def row_values(prediction: dict, grounding: rewards.Grounding = rewards.IOU) -> dict[str, float]:
-    """One prediction -> its contribution, in percent, to each metric that is a mean over rows."""
+    """One prediction -> its contribution to each metric that is a mean over rows; in percent, but for logged counts."""
     task, parts = prediction["task"], prediction["parts"]
     if task != "tvg":
-        return {task.upper(): 100 * parts[task]}
+        return inversion_values(task, parts)
     return grounding_metrics([parts["iou"]]) | {"format": 100 * parts["format"]} | grounding.metrics(parts)
 
 
 def summarize(predictions: list[dict], grounding: rewards.Grounding = rewards.IOU) -> dict:
     """All predictions -> metrics in percent, "VD verbs" (distinct verbs of an answer), and counts of rows."""
+    counts = Counter(p["task"] for p in predictions)
+    tasks = [task for task in dict.fromkeys((*rewards.TASKS, *sorted(counts))) if counts[task]]
     values = {}
-    for p in sorted(predictions, key=lambda p: rewards.TASKS.index(p["task"])):  # fixes the order of the columns
+    for p in sorted(predictions, key=lambda p: tasks.index(p["task"])):  # fixes the order of the columns
         for name, value in row_values(p, grounding).items():
             values.setdefault(name, []).append(value)
     metrics = {name: float(np.mean(found)) for name, found in values.items()}
-    listed = [p["parts"]["vd_verbs"] for p in predictions if p["task"] == "vd"]
-    if listed:
-        metrics["VD verbs"] = float(np.mean(listed))
-    counts = Counter(p["task"] for p in predictions)
-    metrics["rows"] = {task: counts[task] for task in rewards.TASKS if counts[task]}
+    metrics["rows"] = {task: counts[task] for task in tasks}
     metrics["without a span"] = sum(p["task"] == "tvg" and p["span"] is None for p in predictions)
     metrics["reversed spans"] = sum(p["span"] is not None and p["span"][0] > p["span"][1] for p in predictions)
     metrics["unreadable"] = sorted({p["error"] for p in predictions if p["error"]})
@@ -89,7 +87,7 @@ def summarize(predictions: list[dict], grounding: rewards.Grounding = rewards.IO
 
 def paired_bootstrap(ours: list[dict], theirs: list[dict], grounding: rewards.Grounding = rewards.IOU,
                      draws: int = 10_000, seed: int = 0) -> dict[str, tuple]:
-    """Two lists of predictions of the same rows -> {metric: (ours, theirs, low, high)}, in percent.
+    """Two lists of predictions of the same rows -> {metric: (ours, theirs, low, high)}, as in `row_values`.
 
     low, high: the 95% interval of the difference when videos, the independent units, are drawn with replacement.
     Raises UserError when the rows differ.
@@ -131,9 +129,9 @@ class EvalSettings(data.Settings):
                         "each query with a single one", choices=WINDOWS, unless="video")
     output: str = flag("runs/evaluation", "folder for predictions and metrics.json; rows already predicted are kept",
                        free=True, unless="video")
-    tasks: tuple = flag(rewards.TASKS, "what to measure", choices=rewards.TASKS, unless="video")
+    tasks: tuple = flag(rewards.TASKS, "tvg, vc, ar, vd, MODULE.NAME", find=rewards.any_task, unless="video")
     samples: int = flag(0, "sample this many completions of each row at temperature 1 (their mean IoU is the row's "
-                        "difficulty for papers/stages.py); 0: one, greedy", least=0, unless="video")
+                        "difficulty); 0: one, greedy", least=0, unless="video")
     limit: int = flag(0, "evaluate this many rows, evenly spaced over the file; 0: all", least=0, unless="video")
     against: str = flag("", "another evaluation's --output to print beside this one, with the difference's 95%% "
                         "bootstrap interval over videos", free=True, unless="video")
@@ -162,7 +160,7 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
         jobs += [(row, task) for row, suited in zip(rows, rewards.suitable(task, queries)) if suited]
     if not jobs:
         raise UserError(f"{settings.annotations}: none of its {len(rows)} queries suits --tasks {' '.join(tasks)} (an "
-                        "inversion needs an English query with a verb); add tvg.")
+                        "inversion needs an English query with a verb, or what its `suits` asks for); add tvg.")
     wanted = set(jobs)
     done = Counter((p["row"], p["task"]) for p in read_predictions(output, samples) if not p["error"])
     dist.barrier()  # nobody writes before everybody has read
@@ -224,14 +222,15 @@ def evenly_spaced(n: int, limit: int) -> list[int]:
 
 
 def measure(model, processor, held_out, config, iteration, log):
-    """Evaluate a model in training on held-out rows, all four tasks (Figure 1, right), and log it."""
+    """Evaluate a model in training on held-out rows, the paper's tasks and its own (Figure 1, right), and log it."""
     output = Path(config.output) / f"eval-{iteration:06d}"
     if dist.get_rank() == 0:
         shutil.rmtree(output, ignore_errors=True)  # left over from an interrupted run, made with other weights
     dist.barrier()
     rows = evenly_spaced(len(held_out), config.eval_limit)
     settings = replace(config, micro_batch=max(4, config.micro_batch))  # eight would take more memory than training
-    metrics = evaluate(lambda: (model, processor), held_out, rows, rewards.TASKS, settings, output)
+    tasks = tuple(dict.fromkeys((*rewards.TASKS, *config.inversion_tasks)))
+    metrics = evaluate(lambda: (model, processor), held_out, rows, tasks, settings, output)
     log.write(iteration, "eval", {name: value for name, value in metrics.items() if isinstance(value, float)})
     say(f"iteration {iteration}\n{format_metrics(metrics)}")
 
@@ -244,10 +243,11 @@ TRAINED_WITH = ("fps", "max_pixels", "min_frame_pixels", "max_frame_pixels", "ma
                 "tvg_format", "tvg_reward")
 
 
-def trained_with(settings: EvalSettings) -> dict:
-    """How the checkpoint saw videos and laid out answers in training, from its run.json; {} where it has none.
+def trained_with(settings: EvalSettings, given=()) -> dict:
+    """How the checkpoint saw videos, laid out answers and learned further tasks; from its run.json, {} without one.
 
-    `parse_settings` fills the options that the command line does not give with these.
+    `parse_settings` fills the options that are not `given` on the command line with these. Raises UserError where one
+    names an object from outside this repository.
     """
     try:
         record = find_model(settings.model) / "run.json"
@@ -255,13 +255,12 @@ def trained_with(settings: EvalSettings) -> dict:
         raise UserError(str(error)) from error
     if not record.is_file():
         return {}
-    config = read_run(record.parent)["config"]
-    found = {name: config[name] for name in TRAINED_WITH if name in config}
-    differ = {name: value for name, value in found.items() if value != getattr(EvalSettings, name)}
-    if differ and os.environ.get("RANK", "0") == "0":
-        print(f"from {record}, where the command line does not say otherwise: "
-              + " ".join(f"{option(name)} {value}" for name, value in differ.items()))
-    return found
+    config = as_today(read_run(record.parent)["config"])
+    noted = {name: config[name] for name in TRAINED_WITH if name in config}
+    own = tuple(task for task in config.get("inversion_tasks", ()) if task not in rewards.TASKS)
+    if own and not settings.video:
+        noted["tasks"] = rewards.TASKS + own
+    return inherited(record, noted, given, EvalSettings)
 
 
 def search_video(settings: EvalSettings, device):

@@ -48,15 +48,15 @@ class Config(MemorySettings, Saving, data.Settings):
     """The settings of a training run: those of data.Settings (files, videos, formats), of memory, of saving, and these.
 
     A number is above `above`, at least `least`, at most `most`. needs="x": valid only together with --x. unless="x":
-    not allowed together with --x. free: may change when a run goes on. engine/settings.py checks all of this.
-    "Released code" is the repository that the paper's authors published.
+    not allowed together with --x. free: may change when a run goes on. find: looks a name up. engine/settings.py checks
+    all of this. "Released code" is the repository that the paper's authors published.
     """
 
     # the method
     p: float = flag(0.8, "probability that an iteration trains grounding; Eq. 13", least=0, most=1,
                     unless="demonstrations")
-    inversion_tasks: tuple = flag(tuple(rewards.INVERSIONS), "inversion tasks, drawn uniformly; Table 2 ablates them",
-                                  choices=tuple(rewards.INVERSIONS), unless="demonstrations")
+    inversion_tasks: tuple = flag(rewards.TASKS[1:], "vc, ar, vd (Table 2) or MODULE.NAME, drawn uniformly; those that "
+                                  "demonstrations may hold, too", find=rewards.inversion)
     inversion_reward: str = flag("binary", "verb match or similarity; Table 3", choices=tuple(rewards.SIMILARITIES),
                                  unless="demonstrations")
     vd_verb_cap: int = flag(0, "a VD answer with more distinct verbs scores 0; 0: no cap (Eq. 7 has none)", least=0,

@@ -5,8 +5,7 @@
     ar   action recognition         one word, a verb of the query                                 Eq. 6, 11
     vd   video description          a text that holds the query's verbs                           Eq. 7, 11
 
-Read from top to bottom: the rewards, the table of tasks, the one parser of completions (in training and evaluation),
-how two verbs compare. Each task adds a format reward (Eq. 9), so a total lies between 0 and 2.
+In this order: the rewards, the table of tasks, the one parser of completions. Each task adds a format reward (Eq. 9).
 
 Verbs are compared as roots: "closes" and "closed" have the root "close". SpaCy(.) in the paper is `root` here, and
 engine/verbs.py shows how spaCy finds `verbs`, their `root`, and the query with its verbs blanked out (`mask_verbs`).
@@ -22,7 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.verbs import cosine_similarity, looks_english, mask_queries, mask_verbs, root, verbs
+from engine.settings import look_up
+from engine.verbs import cosine_similarity, fill_blanks, looks_english, mask_queries, mask_verbs, root, verbs
 
 Span = tuple[float, float]  # start and end in seconds
 
@@ -158,13 +158,14 @@ FORMATS = {
 
 
 class Inversion(NamedTuple):
-    """An inversion task. A new one is a line of INVERSIONS: its words, its reward, and which queries it suits."""
+    """An inversion task. One of your own is named by its place, MODULE.NAME: --inversion-tasks vc ar mine.object."""
 
-    question: str  # {masked_query} is the query with [] for each verb
+    question: str  # {masked_query} is the first of what `mask` returns
     instruction: str  # the prompt goes on with "within the <answer> </answer> tags."
     reward: Callable  # (answer, query, scoring) -> 0 to 1
     suits: Callable = has_verb  # query -> whether the task can be asked about it
-    logged: dict = {}  # name -> function of the answer, for the log alone
+    logged: dict = {}  # name -> function of the answer: a number for the log and the metrics, no part of the reward
+    mask: Callable = mask_verbs  # query -> (the query with [] for each gold word, gold words)
 
 
 INVERSIONS = {
@@ -175,11 +176,14 @@ INVERSIONS = {
     "vd": Inversion("Describe what people have done based on the video.", "provide the description in one sentence",
                     vd_reward, logged={"vd_verbs": lambda answer: len(described_verbs(answer))}),
 }
-TASKS = ("tvg", *INVERSIONS)
+TASKS = ("tvg", "vc", "ar", "vd")  # the paper's, trained and measured by default; others are asked for by name
 
 
 class Grounding(NamedTuple):
-    """What grounding asks for and what it rewards. papers/rewards.py has those of other papers."""
+    """What grounding asks for and what it rewards. One of your own is named by its place: --tvg-reward MODULE.NAME.
+
+    `sample` has start < end in training, any times in an evaluation.
+    """
 
     instruction: str  # as in Inversion
     format: Format
@@ -208,30 +212,46 @@ class Scoring(NamedTuple):
 DEFAULTS = Scoring()
 
 
+def inversion(task: str, option: str = "task") -> Inversion:
+    """The inversion task of a name, in INVERSIONS or at MODULE.NAME. Raises UserError where there is none."""
+    return look_up(option, task, INVERSIONS, Inversion)
+
+
+def any_task(task: str, option: str = "task") -> Inversion | Grounding:
+    """Grounding for "tvg", else the inversion task of a name. Raises UserError where there is none."""
+    return look_up(option, task, {"tvg": IOU} | INVERSIONS, Inversion)
+
+
+def grounding(name: str, option: str = "reward") -> Grounding:
+    """What grounding asks for and rewards, by name: "iou" or MODULE.NAME. Raises UserError where there is none."""
+    return look_up(option, name, {"iou": IOU}, Grounding)
+
+
 def suitable(task: str, queries: list[str]) -> list[bool]:
     """Which queries a task can be asked about: all for grounding, those that the inversion's `suits` accepts."""
     if task == "tvg":
         return [True] * len(queries)
     mask_queries(queries)  # one pass of spaCy fills the cache of mask_verbs
-    return [INVERSIONS[task].suits(query) for query in queries]
+    suits = inversion(task).suits
+    return [bool(suits(query)) for query in queries]
 
 
 def score(task: str, completion: str, sample, **settings) -> dict[str, float]:
     """The parts of a completion's reward by name, and their sum "total": by default 0 to 2 (Eq. 10, 11).
 
-    `sample` is a data.Sample, of whose segments the best counts; `settings` are fields of `Scoring`. "vd_verbs", the
-    distinct verbs of a description, is logged and no part of the sum: it rises where a model lists verbs. Raises
-    KeyError for an unknown task and TypeError for an unknown setting.
+    `sample` is a data.Sample, of whose segments the one with the highest IoU counts, of equal ones that with the
+    highest total; `settings` are fields of `Scoring`. "vd_verbs", the distinct verbs of a description, is logged and
+    no part of the sum: it rises where a model lists verbs. Raises UserError for an unknown task and TypeError for an
+    unknown setting.
     """
     scoring = Scoring(**settings)
     form = format_reward(task, completion, scoring)
     if task == "tvg":
         parts = [scoring.grounding.reward(completion, one, form) for one in sample.by_segment()]  # Eq. 10
-        return max(parts, key=lambda p: p["iou"])
-    inversion = INVERSIONS[task]
+        return max(parts, key=lambda p: (p["iou"], p["total"]))
     answer = parse_answer(completion) or ""
-    reward = inversion.reward(answer, sample.query, scoring)
-    logged = {name: float(count(answer)) for name, count in inversion.logged.items()}
+    reward = inversion(task).reward(answer, sample.query, scoring)
+    logged = {name: float(count(answer)) for name, count in inversion(task).logged.items()}
     return {"format": form, task: reward} | logged | {"total": form + reward}  # Eq. 11
 
 
@@ -317,23 +337,3 @@ def last_span(text: str) -> Span | None:
         return None
     start, end = (float(number) for number in matches[-1] if number)  # two of the four groups are "", the other form's
     return start, end
-
-
-AUXILIARIES = ("am|is|are|was|were|be|been|being|has|have|had|having|do|does|did|"
-               "will|would|shall|should|can|could|may|might|must")
-BLANK = rf"(?:(?:{AUXILIARIES}) ){{0,3}}(\w+)"  # "closes", "is closing", "has been closing"; the group is the verb
-
-
-def fill_blanks(answer: str, masked_query: str) -> list[str]:
-    """The roots of the words that fill the blanks of the masked query, if the answer repeats the rest of it; else [].
-
-    Capitals, white space, brackets, quotes and the final stop do not matter. A blank takes one verb with its
-    auxiliaries, so an answer cannot score by listing verbs in it.
-    """
-    def normal(text):
-        return " ".join(text.lower().split()).strip(" .!?\"'“”")
-
-    # "person [] the door" becomes the pattern "person BLANK the door". The answer may have kept the brackets.
-    parts = [re.escape(part) for part in normal(masked_query).split("[]")]
-    match = re.fullmatch(BLANK.join(parts), normal(re.sub(r"[\[\]]", "", answer)))
-    return [root(word) for word in match.groups()] if match else []

@@ -28,7 +28,7 @@ done
 gpus=${GPUS:-8}
 case $gpus in 1 | 2 | 4 | 8) ;; *) echo "train.sh: GPUS=$gpus; give 1, 2, 4 or 8." >&2; exit 2 ;; esac
 
-source demo/jobs.sh  # run: a signal ends what runs, after it has saved, for which torchrun's 30 seconds are too few
+source engine/jobs.sh  # run: a signal ends what runs, after it has saved, for which torchrun's 30 seconds are too few
 
 # Shapes change from iteration to iteration; without this, memory that is free lies in pieces that are too small.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 seed=0
 case ${1:-} in [0-9]*) seed=$1; shift ;; esac
 out=runs/demo-$seed
-source demo/jobs.sh
+source engine/jobs.sh
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=  # one core a process
 
 for word in "$@"; do

@@ -4,7 +4,7 @@
 # The same command goes on where it was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source demo/jobs.sh
+source engine/jobs.sh
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=  # one core a process
 seed=${1:-0}
 out=runs/demo-$seed

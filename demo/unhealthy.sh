@@ -2,7 +2,7 @@
 # What goes wrong, on purpose: bash demo/unhealthy.sh [SEED], after `bash train.sh demo SEED`. docs/reading.md shows it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source demo/jobs.sh
+source engine/jobs.sh
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=  # one core a process
 out=runs/demo-${1:-0}
 train=(run python invert4tvg.py @demo/toy.args --videos "$out/videos" --seed "${1:-0}")

@@ -3,7 +3,7 @@
 # fills runs/demo-SEED with videos, annotations, demonstrations, and the checkpoints of sees/ and warm/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source demo/jobs.sh
+source engine/jobs.sh
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=  # one core a process
 seed=${1:-0}
 out=runs/demo-$seed

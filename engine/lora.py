@@ -17,7 +17,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """Settings by which a run needs less of a card; benchmarks/memory.py says how much."""
+    """Settings by which a run needs less memory of a card."""
 
     offload_optimizer: bool = flag(False, "keep the optimiser's state in host memory, 12 bytes a trained parameter "
                                    "over all processes of a node; equal bit for bit, slower by two copies a step",

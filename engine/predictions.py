@@ -53,6 +53,17 @@ def late_rows(predictions) -> list[str]:
     return list(late.values())
 
 
+def inversion_values(task, parts) -> dict[str, float]:
+    """The metrics of one answer to an inversion: {"VD": 100.0, "VD verbs": 2.0}, its accuracy in percent, what it logs.
+
+    A task of one's own keeps its name, MODULE.NAME.
+    """
+    name = task if "." in task else task.upper()
+    logged = {f"{name} {part.removeprefix(f'{task}_')}": value for part, value in parts.items()
+              if part not in ("format", task, "total")}
+    return {name: 100 * parts[task]} | logged
+
+
 def read_predictions(output, samples=None) -> list[dict]:
     """All predictions of an output folder, with `samples` only those that answer its rows as they are today.
 
@@ -121,7 +132,8 @@ def format_metrics(metrics: dict) -> str:
 
 def format_comparison(table: dict) -> str:
     """What `evaluate.paired_bootstrap` returns -> a table, a line a metric."""
-    lines = [f"\n{'metric':<10}{'this':>8}{'other':>8}{'difference':>12}   95% interval over videos"]
+    width = max([10, *(len(name) + 1 for name in table)])
+    lines = [f"\n{'metric':<{width}}{'this':>8}{'other':>8}{'difference':>12}   95% interval over videos"]
     for name, (a, b, low, high) in table.items():
-        lines.append(f"{name:<10}{a:8.1f}{b:8.1f}{a - b:+12.1f}   [{low:+.1f}, {high:+.1f}]")
+        lines.append(f"{name:<{width}}{a:8.1f}{b:8.1f}{a - b:+12.1f}   [{low:+.1f}, {high:+.1f}]")
     return "\n".join(lines)

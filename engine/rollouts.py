@@ -11,15 +11,16 @@ from engine.files import strict_json
 def append_rollouts(output, iteration, task, samples, texts, scores, ended, batches):
     """Append the completions of an iteration to this rank's file, in the fields of a demonstration and these.
 
-    "parts" are the rewards, "cut_off" says whether the limit ended the completion, and "kl" is the mean k3 of its
-    tokens, None without a reference. The completions come sample by sample, equally many of each. `report` shows them,
-    and papers/stages.py selects among them.
+    "parts" are the rewards, "advantage" is the one of the update, "cut_off" says whether the limit ended the
+    completion, and "kl" is the mean k3 of its tokens, None without a reference. The completions come sample by
+    sample, equally many of each.
     """
     per_sample = len(texts) // len(samples)
+    advantages = [advantage for batch in batches for advantage in batch.advantages.tolist()]
     with open(Path(output) / f"rollouts.{dist.get_rank()}.jsonl", "a", encoding="utf-8") as file:
-        for n, (text, parts, kl) in enumerate(zip(texts, scores, completion_kl(batches))):
+        for n, (text, parts, advantage, kl) in enumerate(zip(texts, scores, advantages, completion_kl(batches))):
             row = demonstration_row(samples[n // per_sample], task, text)
-            notes = {"parts": parts, "cut_off": not ended[n], "kl": kl}
+            notes = {"parts": parts, "advantage": advantage, "cut_off": not ended[n], "kl": kl}
             file.write(strict_json({"iteration": iteration} | row | notes) + "\n")
 
 

@@ -174,6 +174,26 @@ def root(word: str) -> str:
     return candidates[0]
 
 
+AUXILIARIES = ("am|is|are|was|were|be|been|being|has|have|had|having|do|does|did|"
+               "will|would|shall|should|can|could|may|might|must")
+BLANK = rf"(?:(?:{AUXILIARIES}) ){{0,3}}(\w+)"  # "closes", "is closing", "has been closing"; the group is the verb
+
+
+def fill_blanks(answer: str, masked_query: str) -> list[str]:
+    """The roots of the words that fill the blanks of the masked query, if the answer repeats the rest of it; else [].
+
+    Capitals, white space, brackets, quotes and the final stop do not matter. A blank takes one verb with its
+    auxiliaries, so an answer cannot score by listing verbs in it.
+    """
+    def normal(text):
+        return " ".join(text.lower().split()).strip(" .!?\"'“”")
+
+    # "person [] the door" becomes the pattern "person BLANK the door". The answer may have kept the brackets.
+    parts = [re.escape(part) for part in normal(masked_query).split("[]")]
+    match = re.fullmatch(BLANK.join(parts), normal(re.sub(r"[\[\]]", "", answer)))
+    return [root(word) for word in match.groups()] if match else []
+
+
 def cosine_similarity(a: str, b: str) -> float:
     """Table 3's variant: 1 if two roots are equal, else the cosine of their centred vectors, negative values as 0.
 

@@ -1,16 +1,15 @@
-"""What other papers ask of grounding and reward it with, as one table; `--tvg-reward NAME` looks it up.
+"""What other papers ask of grounding and reward it with: `--tvg-reward papers.rewards.NAME`.
 
-    iou            format + IoU                                        Invert4TVG, Eq. 10
-    timestamp_iou  format + IoU weighted by the errors of both ends    Time-R1
-    anchors        format + soft IoU + anchor_weight * anchor reward   TAR-TVG
-    tvg_r1         0.1 format + 0.9 IoU                                TVG-R1
+    timestamp_iou       format + IoU weighted by the errors of both ends   Time-R1
+    anchors             format + soft IoU + anchors' reward                TAR-TVG
+    anchors_unrewarded  format + soft IoU, with the anchors' prompt        TAR-TVG's ablation
+    tvg_r1              0.1 format + 0.9 IoU                               TVG-R1
 
 An anchor is an estimate of the segment that TAR-TVG's model writes in a <timestamp> block while it thinks. The wording
 of TAR-TVG's and TVG-R1's prompts is ours: neither is public.
 """
 
 import functools
-import math
 import re
 
 import rewards
@@ -19,7 +18,7 @@ from rewards import Format, Grounding, Span, last_span, parse_span, temporal_iou
 # ------------------------------------------------------------------------------------------------ Time-R1
 
 
-def timestamp_iou(span: Span, truth: Span, duration: float) -> float:
+def timestamp_aware_iou(span: Span, truth: Span, duration: float) -> float:
     """IoU * (1 - |start error| / duration) * (1 - |end error| / duration), in [0, 1].
 
     In Time-R1's code a factor turns negative where an error exceeds the duration, so two such errors are rewarded. Here
@@ -35,7 +34,7 @@ def timestamp_iou_reward(completion: str, sample, well_formed: float) -> dict[st
     parts = rewards.iou_reward(completion, sample, well_formed)
     span = parse_span(completion)
     if sample.duration:
-        value = timestamp_iou(span, (sample.start, sample.end), sample.duration) if span else 0.0
+        value = timestamp_aware_iou(span, (sample.start, sample.end), sample.duration) if span else 0.0
         parts |= {"timestamp_iou": value, "total": well_formed + value}
     return parts
 
@@ -115,45 +114,16 @@ def tvg_r1_reward(completion: str, sample, well_formed: float) -> dict[str, floa
     return {"format": well_formed, "iou": iou, "total": 0.1 * well_formed + 0.9 * iou}
 
 
-# ------------------------------------------------------------------------------------------------ the table
+# ------------------------------------------------------------------------------------------------ by name
 
 ANCHORS_THINKING = (
     "Output your thought process within the <think> </think> tags, and in it two to four estimates of the time period, "
     "each better than the one before, as <timestamp>12.54 to 17.83</timestamp>, then ")
 THINK_THEN_TIME = Format(("think", "time"), rewards.FORMATS["think"].thinking, free_text=True)
-GROUNDINGS = {
-    "iou": rewards.IOU,
-    "timestamp_iou": rewards.IOU._replace(reward=timestamp_iou_reward, needs_duration=True),
-    "anchors": rewards.IOU._replace(format=Format(("think", "answer"), ANCHORS_THINKING), reward=tar_tvg_reward,
-                                    metrics=anchor_metrics),
-    "tvg_r1": Grounding("provide the start and end times in seconds as a list, [12.54, 17.83],", THINK_THEN_TIME,
-                        tvg_r1_reward),
-}
-WEIGHTS = {"anchors": ("anchor_weight", "progress_weight")}  # what --reward-weights may set, by reward
 
-
-def grounding(name: str, weights: tuple[str, ...] = (), answer_format: str = "think") -> Grounding:
-    """Look up a reward; `weights` are "NAME=NUMBER" settings of it, such as "anchor_weight=0" of "anchors".
-
-    `answer_format` is a key of rewards.FORMATS. Raises ValueError for a weight that the reward does not have, and for
-    an answer without thinking where the reward's paper lays down a format of its own.
-    """
-    found = GROUNDINGS[name]
-    if answer_format != "think":
-        if found.format is not rewards.IOU.format:
-            raise ValueError(f"--tvg-format {answer_format} does not go with --tvg-reward {name}, whose paper has a "
-                             "format of its own; leave one of them out.")
-        found = found._replace(format=rewards.FORMATS[answer_format])
-    values = {}
-    for weight in weights:
-        key, _, number = weight.partition("=")
-        if key not in WEIGHTS.get(name, ()):
-            known = " and ".join(WEIGHTS.get(name, ())) or "none"
-            raise ValueError(f"--reward-weights {weight}: {key} is no weight of the reward {name}, which has {known}.")
-        try:
-            values[key] = float(number)
-        except ValueError:
-            values[key] = math.nan
-        if not 0 <= values[key] < float("inf"):
-            raise ValueError(f"--reward-weights {weight}: {key} is {number!r}; a weight is a finite number from 0.")
-    return found._replace(reward=functools.partial(found.reward, **values)) if values else found
+timestamp_iou = rewards.IOU._replace(reward=timestamp_iou_reward, needs_duration=True)
+anchors = rewards.IOU._replace(format=Format(("think", "answer"), ANCHORS_THINKING), reward=tar_tvg_reward,
+                               metrics=anchor_metrics)
+anchors_unrewarded = anchors._replace(reward=functools.partial(tar_tvg_reward, anchor_weight=0))
+tvg_r1 = Grounding("provide the start and end times in seconds as a list, [12.54, 17.83],", THINK_THEN_TIME,
+                   tvg_r1_reward)

@@ -21,12 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
+import papers.rewards
 import rewards
 from engine.annotations import demonstration_row, excerpt_fields, load_annotations, load_demonstrations
 from engine.predictions import read_predictions
 from engine.settings import UserError, print_any_name
 from evaluate import evenly_spaced
-from papers.rewards import ANCHORS_WANTED, GROUNDINGS, parse_anchors
+from papers.rewards import ANCHORS_WANTED, parse_anchors
 
 
 def invert_sft(samples):
@@ -59,7 +60,7 @@ def select_anchors(rollouts, min_anchors=2, min_iou=0.5):
         return parse_anchors(r["completion"])
 
     def is_well_formed(r):
-        form = rewards.format_reward("tvg", r["completion"], rewards.Scoring(GROUNDINGS["anchors"]))
+        form = rewards.format_reward("tvg", r["completion"], rewards.Scoring(papers.rewards.anchors))
         return form == 1 and None not in anchors(r) and len(anchors(r)) <= ANCHORS_WANTED[-1]
 
     def ious(r):  # of the anchors, then of the answer; of several segments the one counts that the answer hits best

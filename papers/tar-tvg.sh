@@ -17,7 +17,8 @@ python -m papers.stages anchors --rollouts "$out/tar-1" --keep 30000 --output "$
 "${grpo[@]}" "${half[@]}" --model "$out/tar-2" "${anchors[@]}" --output "$out/tar-3"
 # From the same base, for about as long: plain GRPO, and GRPO with the anchors' prompt but no reward for them.
 "${grpo[@]}" "${long[@]}" --model "$base" --output "$out/tar-plain"
-"${grpo[@]}" "${long[@]}" --model "$base" "${anchors[@]}" --reward-weights anchor_weight=0 --output "$out/tar-none"
+"${grpo[@]}" "${long[@]}" --model "$base" "${anchors[@]}" \
+    --tvg-reward papers.rewards.anchors_unrewarded --output "$out/tar-none"
 
 "${evaluate[@]}" --model "$base" --annotations "$test" --tasks tvg "${anchors[@]}" --output "$out/tar-base-test"
 for run in tar-1 tar-2 tar-3 tar-plain tar-none; do

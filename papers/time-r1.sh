@@ -18,7 +18,7 @@ model=$base
 for epoch in 1 2 3 4 5; do
     choose "$epoch" "$model" "$out/time-r1-0.json" --difficulty 0 0.7
     "${train[@]}" "${short[@]}" --model "$model" --annotations "$out/time-r1-$epoch.json" \
-        --tvg-reward timestamp_iou --p 1 --output "$out/time-r1-$epoch"
+        --tvg-reward papers.rewards.timestamp_iou --p 1 --output "$out/time-r1-$epoch"
     model=$out/time-r1-$epoch
 done
 

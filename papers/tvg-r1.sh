@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 source papers/where.sh
 cold_start=${COLD_START:-$out/cold-start.jsonl}
 [ -e "$cold_start" ] || { echo "$0: $cold_start is not there; name a file with COLD_START=FILE.jsonl" >&2; exit 1; }
-r1=(--tvg-reward tvg_r1)
+r1=(--tvg-reward papers.rewards.tvg_r1)
 
 reinforce() {  # NAME MODEL: choose rows by four answers of the model to each, then GRPO without KL, as in TVG-R1's code
     "${evaluate[@]}" --model "$2" --annotations "$rows" "${r1[@]}" --tasks tvg --samples 4 --output "$out/$1-rollouts"

@@ -28,6 +28,8 @@ def parse(argv=None):
     parser.add_argument("--watch", action="store_true", help="write the page anew every minute until the run ends")
     parser.add_argument("--video", metavar="FILE", help="a video of your own, for a film strip")
     parser.add_argument("--query", metavar="SENTENCE", nargs="+", default=[], help="what to look for in it")
+    parser.add_argument("--tvg-reward", metavar="MODULE.NAME", nargs="+", default=[],
+                        help="with --video: rewards of your own that the runs were trained with, to be imported")
     args = parser.parse_args(argv)
     if bool(args.video) != bool(args.query):
         parser.error("--video and --query belong together; give both or neither")
@@ -54,7 +56,7 @@ def write_page(args) -> tuple[Path, bool]:
         from report.own import look
 
         for run in runs:
-            run.evaluations.append(look(run, args.video, args.query))
+            run.evaluations.append(look(run, args.video, args.query, args.tvg_reward))
     page = runs[0].folder / "report.html"
     page.write_text(make_page(runs, args.watch), encoding="utf-8")
     return page, bool(runs[0].log) and state(runs[0])["status"] == "running"

@@ -162,8 +162,8 @@ def differences(ours, theirs) -> dict[str, tuple] | str:
         found = paired_bootstrap(*paired, draws=DRAWS)
     except UserError as error:
         return str(error)
-    order = ("mIoU", *METRICS, "VC", "AR", "VD")
-    return {name: found[name] for name in sorted(found, key=lambda name: order.index(name) if name in order else 9)}
+    first = [name for name in ("mIoU", *METRICS) if name in found]
+    return {name: found[name] for name in dict.fromkeys((*first, *found))}
 
 
 def changed_rows(ours, theirs, most=20) -> tuple[list, list]:

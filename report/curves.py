@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from report.runs import values
-from rewards import INVERSIONS, TASKS
+from rewards import TASKS
 
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9,
                             "axes.spines.top": False, "axes.spines.right": False})
@@ -40,8 +40,7 @@ MEANING = {  # what a curve says, under its picture
     "update_seconds": "the policy's pass, backward pass and step",
     "seconds": "the whole iteration",
 }
-SECTIONS = {
-    "Held-out": ("mIoU", "R1@0.3", "R1@0.5", "R1@0.7", "VC", "AR", "VD"),
+SECTIONS = {  # beside "Held-out", all that was measured in training, and "Rewards", all parts of rewards
     "Policy": ("nll", "kl", "entropy", "length", "zero_spread"),  # grounding and inversions apart
     "Seconds": ("seconds", "rollout_seconds", "update_seconds", "wait_seconds"),
     "More": ("cut_off", "grad_norm", "loss", "lr", "clip_low", "clip_high", "skipped", "redrawn", "sampler_gap_mean",
@@ -123,7 +122,7 @@ def sections(runs) -> dict[str, list[dict]]:
     named = {name for rows in logs for row in rows for name in row}
     parts = sorted((name for name in named if "/" in name), key=part_order)
     first = [name for name in parts if name.split("/")[1] not in ("format", "total") and not name.endswith("_std")]
-    found = {"Held-out": curves([run.held_out for run in runs], SECTIONS["Held-out"], markers=True, end=end)}
+    found = {"Held-out": curves([run.held_out for run in runs], measured(runs), markers=True, end=end)}
     found["Rewards"] = curves(logs, [*first, *(name for name in parts if name.endswith("/format"))])
     found["Policy"] = by_task(logs, SECTIONS["Policy"])
     found["Seconds"] = curves(logs, SECTIONS["Seconds"])
@@ -131,10 +130,16 @@ def sections(runs) -> dict[str, list[dict]]:
     return {title: charts for title, charts in found.items() if charts}
 
 
+def measured(runs) -> list[str]:
+    """The metrics of the runs' evaluations in training, mIoU first, without what a row says of itself."""
+    names = dict.fromkeys(name for run in runs for row in run.held_out for name in row)
+    return sorted((name for name in names if name not in ("iteration", "task")), key=lambda name: name != "mIoU")
+
+
 def by_task(logs, names) -> list[dict]:
     """Two charts for each name where runs train on grounding and on inversions: their iterations apart."""
-    grounding = [[row for row in rows if row["task"] not in INVERSIONS] for rows in logs]
-    inversions = [[row for row in rows if row["task"] in INVERSIONS] for rows in logs]
+    grounding = [[row for row in rows if row["task"] in ("tvg", "sft")] for rows in logs]
+    inversions = [[row for row in rows if row["task"] not in ("tvg", "sft")] for rows in logs]
     if not any(inversions) or not any(grounding):
         return curves(logs, names)
     charts = []

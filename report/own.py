@@ -14,13 +14,17 @@ from evaluate import EvalSettings, answer, trained_with
 from report.runs import Evaluation
 
 
-def look(run, video, queries) -> Evaluation:
+def look(run, video, queries, trusted=()) -> Evaluation:
     """The greedy answers of a run's newest checkpoint, as predictions without a truth.
 
-    Raises OSError where the run has no checkpoint, VideoError where the video cannot be read.
+    A reward from outside this repository is imported where its name is among the `trusted`. Raises UserError where it
+    is not or the run has no checkpoint, VideoError where the video cannot be read.
     """
-    settings = EvalSettings(model=str(run.folder))
-    settings = dataclasses.replace(settings, **trained_with(settings))
+    settings = EvalSettings(model=str(run.folder), video=str(video), query=tuple(queries))
+    given = {}
+    if run.config.get("tvg_reward") in trusted:
+        given["tvg_reward"] = run.config["tvg_reward"]
+    settings = dataclasses.replace(settings, **given | trained_with(settings, given))
     clip = read_video(video, **settings.clip_settings())
     model, processor = load_model(settings.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     block = settings.grounding().format.blocks[-1]

@@ -22,7 +22,12 @@ def marked(completion) -> Markup:
 
 
 def shade(advantage) -> str:
-    """The colour of a completion: green above 0, red below, stronger further away; an advantage is rarely above 2.5."""
+    """The colour of a completion: green above 0, red below, stronger further away; an advantage is rarely above 2.5.
+
+    None, of a completion whose advantage was not kept, has no colour.
+    """
+    if advantage is None:
+        return ""
     colour = "--good" if advantage > 0 else "--bad"
     strength = min(abs(advantage) / 2.5, 1)
     return f"background:rgb(var({colour}) / {0.35 * strength:.2f});border-color:rgb(var({colour}) / {strength:.2f})"

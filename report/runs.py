@@ -27,7 +27,7 @@ class Evaluation(NamedTuple):
 
 
 class Group(NamedTuple):
-    """One prompt and its G completions, the rows of rollouts.<rank>.jsonl with their "advantage"."""
+    """One prompt and its G completions, of rollouts.<rank>.jsonl; earlier versions wrote no "advantage"."""
 
     iteration: int
     task: str
@@ -141,7 +141,7 @@ def read_groups(folder, G) -> list[Group]:
         for iteration, rows in itertools.groupby(wanted, key=lambda row: row["iteration"]):
             rows = list(rows)
             for first in range(0, len(rows) - G + 1, G):
-                groups.append(Group(iteration, rows[first]["task"], with_advantages(rows[first:first + G])))
+                groups.append(Group(iteration, rows[first]["task"], rows[first:first + G]))
     return sorted(groups, key=lambda group: -group.iteration)
 
 
@@ -154,16 +154,6 @@ def open_lines(path):
 def iteration_of_line(line) -> int:
     """Of a line as append_rollouts writes it, '{"iteration": 12, ...', without reading the rest."""
     return int(line[line.index(":") + 1:line.index(",")])
-
-
-def with_advantages(rows) -> list[dict]:
-    """Add to each row of a group its "advantage", as grpo.group_advantages computes it."""
-    import torch
-
-    import grpo
-
-    totals = torch.tensor([[row["parts"]["total"] for row in rows]], dtype=torch.float64)
-    return [row | {"advantage": a} for row, a in zip(rows, grpo.group_advantages(totals)[0].tolist())]
 
 
 def choose_groups(groups, most=72) -> list[Group]:

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from shared import ROOT, TEN_HZ, measure, shown, train, weights_of, write_video
 
 from data import Sample, TaskSampler
-from demo import make_demo
 from engine import clips
 from engine.clips import Clips, read_ahead, read_clip
 from engine.predictions import read_predictions
@@ -129,6 +128,7 @@ def test_training_and_evaluation_are_the_same_bit_for_bit_however_workers_are_st
 
 
 def test_the_demos_data_is_the_same_however_its_workers_are_started(monkeypatch, tmp_path):
+    make_demo = pytest.importorskip("demo.make_demo")
     made = []
     for method in METHODS:
         pool = functools.partial(ProcessPoolExecutor, 2, multiprocessing.get_context(method))

@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from shared import write_lines, write_video
 
-import papers.rewards
 import rewards
 from data import (
     Item,
@@ -33,8 +34,8 @@ from rewards import INVERSIONS
 
 
 def test_a_setting_reaches_the_clips_and_the_rewards():
-    settings = Settings(fps=1.0, max_pixels=5, min_frame_pixels=3, max_frame_pixels=4, tvg_reward="anchors",
-                        reward_weights=("anchor_weight=0",), inversion_format="answer", vd_match="any")
+    settings = Settings(fps=1.0, max_pixels=5, min_frame_pixels=3, max_frame_pixels=4,
+                        inversion_format="answer", vd_match="any")
     settings.check()
     dataclasses.replace(settings, min_frame_pixels=4).check()  # one size for all frames
     assert settings.clip_settings() == {"fps": 1, "max_pixels": 5, "min_frame_pixels": 3, "max_frame_pixels": 4}
@@ -43,9 +44,6 @@ def test_a_setting_reaches_the_clips_and_the_rewards():
     completion = "<think>a</think> <answer>person laughs</answer>"
     sample = Sample("a.mp4", "a person walks away and laughs", 2.0, 6.0)
     assert rewards.score("vd", completion, sample, **scoring)["total"] == 1  # any verb, but it has thought
-    anchors = "<think><timestamp>2 to 6</timestamp> <timestamp>2 to 6</timestamp></think> <answer>2 to 6</answer>"
-    parts = rewards.score("tvg", anchors, sample, **scoring)
-    assert parts["anchor_reward"] == 1 and parts["total"] == 2  # the anchors weigh nothing
 
 
 def test_training_rows_are_those_that_can_be_trained_on(alone, tmp_path, capsys):
@@ -63,7 +61,7 @@ def test_training_rows_are_those_that_can_be_trained_on(alone, tmp_path, capsys)
     assert "2 of 2 queries have no verb; 0 look not English" in printed
     load_training(Config(annotations=settings.annotations, videos=settings.videos, allow_missing_videos=True, p=1.0))
     assert "have no verb" not in capsys.readouterr().out  # grounding alone needs none
-    timed = dataclasses.replace(settings, tvg_reward="timestamp_iou")
+    timed = dataclasses.replace(settings, tvg_reward="papers.rewards.timestamp_iou")
     assert [s.query for s in load_training(timed)[0]] == ["a door"]
     (tmp_path / "rows.txt").write_text("AAA 2.0 1.0##a box.\n")
     with pytest.raises(UserError, match="no row is left"):
@@ -74,14 +72,15 @@ def test_demonstrations_without_a_video_are_named_and_the_others_keep_their_text
     for name in ("AAA.mp4", "BBB.mp4"):
         (tmp_path / name).touch()
     rows = [{"video": name, "query": f"query {name}", "start": 0, "end": 2, "task": task, "completion": f"text {name}"}
-            for name, task in (("GONE", "tvg"), ("AAA", "vc"), ("BBB", "vd"))]
-    config = Config(demonstrations=write_lines(tmp_path / "three.jsonl", rows), videos=str(tmp_path))
+            for name, task in (("GONE", "tvg"), ("AAA", "vc"), ("BBB", "mine.object"))]
+    config = Config(demonstrations=write_lines(tmp_path / "three.jsonl", rows), videos=str(tmp_path),
+                    inversion_tasks=("vc", "mine.object"))
     with pytest.raises(UserError, match="1 of 3 videos are missing"):
         load_imitated(config)
     config = dataclasses.replace(config, allow_missing_videos=True)
     samples, completions, tasks = load_imitated(config)
     assert ([s.query for s in samples], completions, tasks) == (
-        ["query aaa", "query bbb"], ["text AAA", "text BBB"], ["vc", "vd"])
+        ["query aaa", "query bbb"], ["text AAA", "text BBB"], ["vc", "mine.object"])
     assert capsys.readouterr().out.count(f"missing: {tmp_path / 'GONE.mp4'}\n") == 2  # each time
     write_lines(tmp_path / "three.jsonl", rows[:1])
     with pytest.raises(UserError, match="three.jsonl: no row is left to train on"):
@@ -117,15 +116,6 @@ def test_inversions_may_answer_without_thinking_but_tvg_may_not():
         asks = prompt_text(task, "q", "answer")
         assert ("<think>" in asks) == (task == "tvg") and asks.endswith("within the <answer> </answer> tags.")
         assert "<think>" in prompt_text(task, "q")
-
-
-def test_anchors_and_lists_of_times_are_asked_of_grounding_alone():
-    for name in papers.rewards.GROUNDINGS:
-        grounding = papers.rewards.grounding(name)
-        asks = prompt_text("tvg", "q", grounding=grounding)
-        assert ("<timestamp>" in asks) == (name == "anchors") and ("<time>" in asks) == (name == "tvg_r1")
-        assert ("<answer>" in asks) == (name != "tvg_r1") and "<think>" in asks
-        assert prompt_text("vd", "q", grounding=grounding) == prompt_text("vd", "q")
 
 
 # ---- The task sampler (Eq. 13)
@@ -263,10 +253,10 @@ def test_time_is_counted_at_the_clips_true_rate_whatever_was_asked_for(model, to
 
 def test_a_runs_sampler_knows_which_queries_suit_each_of_its_inversions(monkeypatch):
     two = rewards.Inversion("How many people?", "provide a number,", None, suits=lambda query: "two" in query)
-    monkeypatch.setitem(INVERSIONS, "two", two)
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(two=two))
     samples = [Sample("a.mp4", query, 0.0, 1.0) for query in ("person opens the door", "two red lamps")]
-    draw = make_sampler(Config(inversion_tasks=("vc", "two")), samples, prompts=2, rank=0, world_size=1)
-    assert draw.suits == {"vc": [True, False], "two": [False, True]}
+    draw = make_sampler(Config(inversion_tasks=("vc", "mine.two")), samples, prompts=2, rank=0, world_size=1)
+    assert draw.suits == {"vc": [True, False], "mine.two": [False, True]}
 
 
 def test_every_redraw_is_counted_and_one_slot_without_a_clip_stops_the_run(capsys):

@@ -3,19 +3,21 @@
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from shared import measure, reply, scripted, write_lines, write_video
 
 import data
+import engine.settings
 import evaluate
 import rewards
 from engine import predictions
 from engine.runtime import launch
-from engine.settings import UserError, parse_settings
-from papers.rewards import grounding
+from engine.settings import UserError, is_ours, parse_settings
 
 
 def prediction(row, task="tvg", video="a.mp4", iou=0.0, value=0.0, span=(0.0, 1.0), format=1.0, verbs=1.0, **more):
@@ -46,15 +48,6 @@ def test_summary_by_hand():
     assert metrics["format"] == 50.0 and metrics["VC"] == 50.0 and metrics["VD verbs"] == 3.0
     assert metrics["rows"] == {"tvg": 4, "vc": 2, "vd": 1}
     assert metrics["without a span"] == 1 and metrics["reversed spans"] == 1  # an empty one is none of the two
-
-
-def test_anchors_are_summarized_by_hand():
-    predictions = [prediction(row, anchors=anchors, anchor_gain=gain)
-                   for row, (anchors, gain) in enumerate([(0.0, 0.0), (2.0, 0.3), (4.0, 0.1), (5.0, -0.1)])]
-    metrics = evaluate.summarize(predictions, grounding("anchors"))
-    assert metrics["2-4 anchors"] == 50.0
-    assert metrics["anchor gain"] == pytest.approx(10.0)  # over the three answers that have anchors
-    assert not {"2-4 anchors", "anchor gain"} & set(evaluate.summarize(predictions))
 
 
 def test_bootstrap_interval_of_a_constant_difference_is_that_difference():
@@ -166,7 +159,7 @@ def test_samples_are_k_draws_of_each_row_the_same_each_time(settings):
 def test_spans_are_read_where_the_reward_asks_for_them(settings, monkeypatch):
     completion = "<think>a</think> <time>[0.5, 2]</time> <answer>1 to 1.5</answer>"
     monkeypatch.setattr(evaluate, "answer", lambda model, processor, samples, items, *_: [[completion] for _ in items])
-    for name, span, iou in (("tvg_r1", [0.5, 2.0], 1.0), ("iou", [1.0, 1.5], 1 / 3)):
+    for name, span, iou in (("papers.rewards.tvg_r1", [0.5, 2.0], 1.0), ("iou", [1.0, 1.5], 1 / 3)):
         changed = dataclasses.replace(settings, tvg_reward=name, tasks=("tvg",), output=settings.output + name)
         launch(evaluate.main, changed)
         first = lines(changed)[0]
@@ -347,9 +340,7 @@ def test_a_prediction_notes_all_windows_and_is_made_again_when_one_has_changed(h
 # ------------------------------------------------------------------------------------------------ one's own video
 
 def test_a_video_of_ones_own_is_searched_as_the_checkpoint_was_trained(settings, trained, capsys):
-    record = trained / "checkpoint-000002" / "run.json"
-    state = json.loads(record.read_text(encoding="utf-8"))
-    record.write_text(json.dumps(state | {"config": state["config"] | {"max_new_tokens": 60}}), encoding="utf-8")
+    note(trained, max_new_tokens=60, inversion_tasks=["mine.lamps"])  # which nothing here asks for
     video = Path(settings.videos) / "AAA.mp4"  # four seconds
     argv = ["--model", str(trained), "--video", str(video), "--query", "Person runs.", "a red lamp"]
     found = parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with)
@@ -357,7 +348,7 @@ def test_a_video_of_ones_own_is_searched_as_the_checkpoint_was_trained(settings,
         launch(evaluate.main, found)
     assert len(calls) == 2 and all(call.temperature == 0 for call in calls)
     (first,) = calls[0].questions()
-    assert 'the event "person runs" in the video' in first and "<timestamp>" in first  # trained with anchors
+    assert 'the event "person runs" in the video' in first and "<think>" not in first  # as in training
     printed = capsys.readouterr().out
     assert "4 frames of" in printed and "1 a second" in printed
     assert "these seconds:\n0.00, 1.00, 2.00, 3.00\n" in printed
@@ -377,8 +368,8 @@ def test_a_video_that_cannot_be_read_is_one_sentence(settings, capsys):
 
 @pytest.fixture()
 def trained(settings, tmp_path, checkpoint):
-    """The output folder of a run that saw videos in its own way and rewarded anchors."""
-    config = dataclasses.asdict(settings) | {"fps": 1.0, "max_new_tokens": 40, "tvg_reward": "anchors",
+    """The output folder of a run that saw videos in its own way and answered without thinking."""
+    config = dataclasses.asdict(settings) | {"fps": 1.0, "max_new_tokens": 40, "tvg_format": "answer",
                                              "reward_weights": ["anchor_weight=0"], "vd_match": "any"}
     folder = Path(shutil.copytree(checkpoint, tmp_path / "run" / "checkpoint-000002"))
     (folder / "run.json").write_text(json.dumps({"iteration": 2, "iterations": 2, "prompts": 2, "config": config}))
@@ -390,8 +381,7 @@ def test_what_a_checkpoint_was_trained_with_holds_where_the_command_line_is_sile
         return parse_settings(evaluate.EvalSettings, "", ["--model", str(trained), *argv], evaluate.trained_with)
 
     settings = parse()
-    assert (settings.fps, settings.max_new_tokens, settings.tvg_reward) == (1.0, 40, "anchors")
-    assert settings.reward_weights == ()  # what was paid for in training is no concern of a measurement
+    assert (settings.fps, settings.max_new_tokens, settings.tvg_format) == (1.0, 40, "answer")
     assert settings.vd_match == "all" and settings.micro_batch == 1  # how to measure is evaluation's own
     printed = capsys.readouterr().out
     assert "--fps 1.0" in printed and "--max-new-tokens 40" in printed and "--inversion-format" not in printed
@@ -403,6 +393,7 @@ def test_what_a_checkpoint_was_trained_with_holds_where_the_command_line_is_sile
 
 
 def test_anchors_are_measured_where_they_were_trained(settings, trained):
+    note(trained, tvg_reward="papers.rewards.anchors", tvg_format="think")
     argv = ["--model", str(trained), "--annotations", settings.annotations, "--videos", settings.videos, "--output",
             settings.output, "--tasks", "tvg", "--workers", "0", "--max-new-tokens", "5"]
     launch(evaluate.main, parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with))
@@ -448,14 +439,58 @@ def test_a_batch_may_hold_two_tasks_of_one_row_and_takes_one_worker_of_three(set
 
 
 def test_a_new_inversion_is_measured_on_the_rows_that_suit_it(settings, monkeypatch):
-    lamps = rewards.Inversion("How many lamps?", "provide a number,",
-                              lambda answer, query, scoring: float(answer == "1"), suits=lambda query: "lamp" in query)
-    monkeypatch.setitem(rewards.INVERSIONS, "lamps", lamps)
-    monkeypatch.setattr(rewards, "TASKS", ("tvg", *rewards.INVERSIONS))
-    with scripted(reply("1")):
-        metrics = measure(settings, tasks=("vc", "lamps"), max_new_tokens=60)
-    assert [(p["row"], p["task"]) for p in lines(settings)] == [(0, "vc"), (2, "vc"), (1, "lamps")]
-    assert metrics["LAMPS"] == 100
+    lamps = rewards.Inversion("Complete '{masked_query}'.", "provide a word,",
+                              lambda answer, query, scoring: answer == "red", suits=lambda query: "lamp" in query,
+                              mask=lambda query: (query.replace("red", "[]"), ("red",)), logged={"letters": len})
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(lamps=lamps))
+    with scripted(reply("red")) as calls:
+        metrics = measure(settings, tasks=("vc", "mine.lamps"), max_new_tokens=60)
+    assert [(p["row"], p["task"]) for p in lines(settings)] == [(0, "vc"), (2, "vc"), (1, "mine.lamps")]
+    assert "Complete 'a [] lamp'." in calls[-1].questions()[-1]
+    assert list(metrics)[:4] == ["VC", "mine.lamps", "mine.lamps letters", "rows"]
+    assert (metrics["mine.lamps"], metrics["mine.lamps letters"]) == (100, 3)
+    assert evaluate.paired_bootstrap(lines(settings), lines(settings))["mine.lamps letters"] == (3, 3, 0, 0)
+
+
+def note(trained, **options):
+    """Let the checkpoint's run have been trained with other options."""
+    record = trained / "checkpoint-000002" / "run.json"
+    state = json.loads(record.read_text(encoding="utf-8"))
+    record.write_text(json.dumps(state | {"config": state["config"] | options}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("noted, given, wanted", [
+    ({"tvg_reward": "mine.ends"}, [], "names mine.ends, which is not of this repository"),
+    ({"tvg_reward": "mine.ends"}, ["--tasks", "tvg"], "if you trust it, give --tvg-reward mine.ends;"),
+    ({"tvg_reward": "iou", "inversion_tasks": ["ar", "mine.lamps"]}, [], "give --tasks tvg vc ar vd mine.lamps;")])
+def test_a_checkpoint_does_not_decide_what_is_imported(trained, monkeypatch, capsys, noted, given, wanted):
+    note(trained, **noted)
+    argv = ["--model", str(trained), *given]
+    with pytest.raises(SystemExit):
+        parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with)
+    said = capsys.readouterr().err
+    assert wanted in said and said.count("\n") == 1 and "mine" not in sys.modules
+    lamps = rewards.INVERSIONS["vc"]
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(ends=rewards.IOU, lamps=lamps))
+    argv += ["--tvg-reward", noted["tvg_reward"], "--tasks", "tvg", "mine.lamps"]  # the command line decides
+    assert parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with).tasks == ("tvg", "mine.lamps")
+
+
+def test_a_checkpoint_inside_the_repository_brings_no_module_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.settings, "ROOT", tmp_path)
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "__init__.py").touch()
+    (tmp_path / "room" / "file.py").touch()
+    assert is_ours("room.file.name", tmp_path / "runs" / "run.json")
+    assert not is_ours("room.file.name", tmp_path / "room" / "checkpoint" / "run.json")
+    assert not is_ours("room.none.name", tmp_path / "run.json") and not is_ours("os.path.join", tmp_path / "run.json")
+
+
+@pytest.mark.parametrize("then, today", [("iou", "iou"), ("anchors", "papers.rewards.anchors"),
+                                         ("timestamp_iou", "papers.rewards.timestamp_iou")])
+def test_a_reward_of_an_earlier_version_is_read(trained, then, today):
+    note(trained, tvg_reward=then, reward_weights=[])
+    assert evaluate.trained_with(evaluate.EvalSettings(model=str(trained)))["tvg_reward"] == today
 
 
 def test_rows_that_are_alike_are_sampled_with_noise_of_their_own(settings):
@@ -467,16 +502,13 @@ def test_rows_that_are_alike_are_sampled_with_noise_of_their_own(settings):
 def test_all_that_shapes_what_a_model_sees_and_writes_comes_from_its_checkpoint(trained):
     used_to = {"fps": 1.0, "max_pixels": 400_000, "min_frame_pixels": 784, "max_frame_pixels": 50_176,
                "max_new_tokens": 40, "inversion_format": "answer", "tvg_format": "answer",
-               "tvg_reward": "timestamp_iou"}
-    record = trained / "checkpoint-000002" / "run.json"
-    state = json.loads(record.read_text(encoding="utf-8"))
-    state["config"] |= used_to
-    record.write_text(json.dumps(state), encoding="utf-8")
+               "tvg_reward": "papers.rewards.timestamp_iou"}
+    note(trained, **used_to)
     assert evaluate.trained_with(evaluate.EvalSettings(model=str(trained))) == used_to
 
 
 def test_time_r1s_reward_asks_an_evaluation_for_no_duration(settings):
     with scripted(reply("0.5 to 2")):
-        metrics = measure(settings, tvg_reward="timestamp_iou", max_new_tokens=60)
+        metrics = measure(settings, tvg_reward="papers.rewards.timestamp_iou", max_new_tokens=60)
     assert metrics["mIoU"] == pytest.approx(100 * (1 + 0 + 1 / 8.5) / 3)  # 0.5 to 2, 2 to 1, which is empty, and 1 to 9
     assert metrics["format"] == 100

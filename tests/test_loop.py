@@ -84,6 +84,8 @@ def worked(tmp_path_factory, checkpoint):
 
 def test_each_completion_is_scored_by_its_own_prompt(worked):
     lines = rollouts_of(worked[0])[:8]
+    advantages = grpo.group_advantages(torch.tensor(TOTALS).view(2, 4)).flatten().tolist()
+    assert [line["advantage"] for line in lines] == pytest.approx(advantages, abs=1e-5) and max(advantages) > 0
     assert [line["completion"] for line in lines] == ANSWERS
     assert [(line["start"], line["end"]) for line in lines] == [(0, 2)] * 4 + [(2, 4)] * 4
     assert [line["parts"]["iou"] for line in lines] == pytest.approx(IOUS)

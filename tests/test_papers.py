@@ -1,5 +1,6 @@
 """papers/: what other papers reward, by hand, and what is chosen between two of their stages, files in and out."""
 
+import functools
 import json
 import runpy
 import sys
@@ -10,14 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shared import write_lines
+from test_evaluate import prediction as evaluated
 from test_rewards import ODD, seconds, thought
 
+import papers.rewards
 import rewards
-from data import Sample
+from data import Sample, Settings, prompt_text
 from engine.annotations import load_annotations, load_demonstrations
 from engine.settings import UserError
+from evaluate import summarize
 from papers import stages
-from papers.rewards import GROUNDINGS, anchor_metrics, anchor_reward, grounding, parse_anchors, soft_iou, timestamp_iou
+from papers.rewards import anchor_metrics, anchor_reward, parse_anchors, soft_iou, timestamp_aware_iou
 from rewards import Scoring, format_reward, parse_span, score, temporal_iou
 
 ROWS = Path(__file__).parent / "data"
@@ -27,38 +31,36 @@ def sample(duration=None):
     return Sample("a.mp4", "person closed the door", 2.0, 6.0, duration)
 
 
-# ---- The table of rewards
+# ---- The rewards by name
 
 
-def test_weights_are_looked_up_by_name():
-    assert grounding("iou") == rewards.IOU
-    assert grounding("anchors").reward.__name__ == "tar_tvg_reward"
-    found = grounding("anchors", ("progress_weight=0",))
-    assert found.format == grounding("anchors").format and found.reward.keywords == {"progress_weight": 0}
+def grounding(name):
+    return rewards.grounding(name if name == "iou" else f"papers.rewards.{name}")
 
 
-@pytest.mark.parametrize("name, weight, words", [
-    ("iou", "anchor_weight=1", "anchor_weight is no weight of the reward iou, which has none"),
-    ("anchors", "iou_weight=1", "has anchor_weight and progress_weight"),
-    ("anchors", "anchor_weight", "anchor_weight is ''; a weight is a finite number from 0"),
-    ("anchors", "anchor_weight=-1", "finite number from 0"), ("anchors", "anchor_weight=inf", "finite number from 0"),
-    ("anchors", "anchor_weight=nan", "finite number from 0"), ("anchors", "anchor_weight=x", "x")])
-def test_a_weight_that_is_none_is_refused(name, weight, words):
-    with pytest.raises(ValueError, match=words):
-        grounding(name, (weight,))
+GROUNDINGS = ["iou", *(name for name, value in vars(papers.rewards).items() if isinstance(value, rewards.Grounding))]
 
 
 def test_grounding_without_thinking_is_the_same_reward_in_another_format():
-    for name in ("iou", "timestamp_iou"):
-        thinks, answers = grounding(name), grounding(name, (), "answer")
+    for name in ("iou", "papers.rewards.timestamp_iou"):
+        thinks = Settings(tvg_reward=name).grounding()
+        answers = Settings(tvg_reward=name, tvg_format="answer").grounding()
         assert answers.format == rewards.FORMATS["answer"] and answers._replace(format=thinks.format) == thinks
 
 
-@pytest.mark.parametrize("name", ["anchors", "tvg_r1"])
+@pytest.mark.parametrize("name", ["papers.rewards.anchors", "papers.rewards.tvg_r1"])
 def test_a_paper_with_a_format_of_its_own_takes_no_other(name):
-    with pytest.raises(ValueError, match=f"--tvg-format answer does not go with --tvg-reward {name}"):
-        grounding(name, (), "answer")
-    assert grounding(name, (), "think") == GROUNDINGS[name]
+    with pytest.raises(UserError, match=f"--tvg-format answer does not go with --tvg-reward {name}"):
+        Settings(tvg_reward=name, tvg_format="answer").check()
+    Settings(tvg_reward=name).check()
+
+
+def test_anchors_and_lists_of_times_are_asked_of_grounding_alone():
+    for name in GROUNDINGS:
+        asks = prompt_text("tvg", "q", grounding=grounding(name))
+        assert ("<timestamp>" in asks) == name.startswith("anchors") and ("<time>" in asks) == (name == "tvg_r1")
+        assert ("<answer>" in asks) == (name != "tvg_r1") and "<think>" in asks
+        assert prompt_text("vd", "q", grounding=grounding(name)) == prompt_text("vd", "q")
 
 
 @pytest.mark.parametrize("name", GROUNDINGS)
@@ -137,11 +139,11 @@ def test_tvg_r1_weighs_iou_and_format():
 @pytest.mark.parametrize("span, value", [
     ((2, 6), 1), ((4, 8), 2 / 6 * 0.8 * 0.8), ((1, 6), 4 / 5 * 0.9), ((7, 9), 0), ((6, 2), 0), ((2, 30), 0)])
 def test_time_r1_by_hand(span, value):  # duration 10, truth 2 to 6; the end of 2 to 30 is off by more than the video
-    assert timestamp_iou(span, (2, 6), 10) == pytest.approx(value)
+    assert timestamp_aware_iou(span, (2, 6), 10) == pytest.approx(value)
 
 
 def test_two_errors_beyond_the_video_are_not_rewarded():  # (1 - 12 / 10) * (1 - 14 / 10) would be positive
-    assert timestamp_iou((0, 30), (12, 16), 10) == 0
+    assert timestamp_aware_iou((0, 30), (12, 16), 10) == 0
 
 
 def test_time_r1_adds_the_format():
@@ -203,13 +205,23 @@ def test_two_to_four_anchors_earn(count, reward):
 
 
 def test_tar_tvg_by_hand():
-    weighted = grounding("anchors", ("anchor_weight=2", "progress_weight=3"))
+    reward = functools.partial(papers.rewards.tar_tvg_reward, anchor_weight=2, progress_weight=3)
+    weighted = papers.rewards.anchors._replace(reward=reward)
     parts = score("tvg", anchored("4 to 8", "3 to 6"), sample(), grounding=weighted)
     value = 1 / 9 + 1 / 2 + 3
     assert parts == {"format": 1, "iou": 1, "soft_iou": 1, "anchor_reward": pytest.approx(value), "anchors": 2,
                      "anchor_gain": pytest.approx(2 / 3), "total": pytest.approx(1 + 1 + 2 * value)}
     worst = score("tvg", "nothing", sample(), grounding=grounding("anchors"))
     assert worst["total"] == -1 and worst["anchor_gain"] == 0
+
+
+def test_anchors_are_summarized_by_hand():
+    predictions = [evaluated(row, anchors=anchors, anchor_gain=gain)
+                   for row, (anchors, gain) in enumerate([(0.0, 0.0), (2.0, 0.3), (4.0, 0.1), (5.0, -0.1)])]
+    metrics = summarize(predictions, papers.rewards.anchors)
+    assert metrics["2-4 anchors"] == 50.0
+    assert metrics["anchor gain"] == pytest.approx(10.0)  # over the three answers that have anchors
+    assert not {"2-4 anchors", "anchor gain"} & set(summarize(predictions))
 
 
 def test_anchor_metrics_by_hand():

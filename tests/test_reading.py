@@ -1,19 +1,23 @@
 """What docs/reading.md works through, claims and recommends; the notebook."""
 
+import importlib
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import tiny
 import torch
-from shared import ROOT, make_config, reply
+from shared import ROOT, log_of, make_config, reply
 
 import grpo
 import rewards
+from data import prompt_text
 from engine.annotations import Sample, load_annotations
 
 PAGE = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
@@ -102,57 +106,104 @@ def test_advantages_do_not_depend_on_the_unit_of_the_reward():
 # ------------------------------------------------------------------------------------------------ recipes
 
 
-def insert(path, code, after):
-    """Put a recipe into a file, behind the statement that begins with `after`; "": at its end."""
-    text = path.read_text(encoding="utf-8")
-    place = text.index("\n}\n", text.index(after)) + 3 if after else len(text)
-    path.write_text(f"{text[:place]}\n\n{code}\n{text[place:]}", encoding="utf-8")
+ENDS, NEAR, OBJECT, LINE, DATA, PROMPT = RECIPES
 
 
-def test_a_changed_reward_task_and_prompt_train(tmp_path, checkpoint):
-    reward, task, _, prompt = RECIPES
+@pytest.fixture()
+def work(tmp_path):
+    """A folder of one's own, with the page's file in it."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "mine.py").write_text("\n\n".join((ENDS, NEAR, OBJECT)), encoding="utf-8")
+    return tmp_path / "work"
+
+
+@pytest.fixture()
+def mine(work, monkeypatch):
+    """The page's file as a module."""
+    monkeypatch.syspath_prepend(work)
+    yield importlib.import_module("mine")
+    del sys.modules["mine"]
+
+
+def run(config, cwd, *argv):
+    """A program in a folder, on the rows of `config`."""
+    rows = ("--annotations", config.annotations, "--videos", config.videos, "--workers", 0)
+    status, said = tiny.run_program(*argv, *rows, cwd=cwd)
+    assert status == 0, said
+
+
+def test_rewards_and_a_task_of_ones_own_train_and_are_measured(tmp_path, checkpoint, work):
+    config = make_config(tmp_path, checkpoint)
+    learn = ("--model", checkpoint, "--iterations", 4, "--seed", 1, "--max-new-tokens", 4, "--p", 0.5,
+             "--inversion-tasks", "mine.object", "--eval-every", 4, "--eval-annotations", config.annotations)
+    for name in ("ends", "near"):
+        output = tmp_path / name
+        run(config, work, ROOT / "invert4tvg.py", *learn, "--tvg-reward", f"mine.{name}", "--output", output)
+        measured, *rows, last = log_of(output)
+        assert measured["task"] == last["task"] == "eval" and {"VD", "mine.object", "mine.object words"} <= last.keys()
+        assert {row["task"] for row in rows} == {"tvg", "mine.object"}
+        for row in rows:
+            assert (f"tvg/{name}" in row) == (row["task"] == "tvg")
+            assert ("mine.object/mine.object" in row and "mine.object/words" in row) == (row["task"] != "tvg")
+    run(config, work, ROOT / "evaluate.py", "--model", output, "--tvg-reward", "mine.near", "--tasks", "tvg",
+        "mine.object", "--output", tmp_path / "test")
+    metrics = json.loads((tmp_path / "test" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["rows"] == {"tvg": 4, "mine.object": 4} and {"mine.object", "mine.object words"} <= metrics.keys()
+
+
+def test_a_changed_line_and_prompt_train(tmp_path, checkpoint):
     house = tmp_path / "house"
     house.mkdir()
-    for path in (*ROOT.glob("*.py"), ROOT / "papers"):
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, house / path.name)
-    insert(house / "papers" / "rewards.py", reward, "")
-    insert(house / "rewards.py", task, "INVERSIONS = {")
-    insert(house / "rewards.py", prompt, "FORMATS = {")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, house)
+    source = (house / "grpo.py").read_text(encoding="utf-8")
+    begin = source.index("    return ((r - mean)")
+    (house / "grpo.py").write_text(source[:begin] + LINE + source[source.index("\n", begin) + 1:], encoding="utf-8")
+    source = (house / "rewards.py").read_text(encoding="utf-8")
+    place = source.index("\n}\n", source.index("FORMATS = {")) + 3
+    (house / "rewards.py").write_text(f"{source[:place]}{PROMPT}{source[place:]}", encoding="utf-8")
     config = make_config(tmp_path, checkpoint)
-    status, said = tiny.run_program(
-        "invert4tvg.py", "--model", config.model, "--annotations", config.annotations, "--videos", config.videos,
-        "--output", config.output, "--iterations", 4, "--seed", 1, "--p", 0.5, "--inversion-tasks", "ob",
-        "--tvg-reward", "ends", "--inversion-format", "brief", "--max-new-tokens", 4, "--workers", 0, cwd=house)
-    assert status == 0, said
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {row["task"] for row in rows} == {"tvg", "ob"}
-    for row in rows:
-        assert ("tvg/ends" in row, "ob/ob" in row) == (row["task"] == "tvg", row["task"] == "ob")
+    run(config, house, "invert4tvg.py", "--model", checkpoint, "--iterations", 2, "--p", 0.5, "--max-new-tokens", 4,
+        "--inversion-format", "brief", "--output", tmp_path / "run")
+    namespace = {}
+    exec((house / "grpo.py").read_text(encoding="utf-8"), namespace)
+    r = torch.tensor([[2, 1, 1, 0.0]])
+    assert namespace["group_advantages"](r).tolist() == [[1, 0, 0, -1]]  # divided by the spread: 1.22, 0, 0, -1.22
 
 
-def test_the_changed_reward_task_and_prompt_by_hand(monkeypatch):
-    import papers.rewards
-
-    changed = {"rewards": vars(rewards).copy(), "papers": vars(papers.rewards).copy()}
-    monkeypatch.setattr(papers.rewards, "GROUNDINGS", papers.rewards.GROUNDINGS.copy())
-    changed["papers"]["GROUNDINGS"] = papers.rewards.GROUNDINGS
-    exec(RECIPES[0], changed["papers"])
+def test_the_rewards_and_the_task_by_hand(mine):
     sample = Sample("A.mp4", "person opens the door", 2.0, 6.0)
-    for answer, total in (("2 to 6", 2), ("1 to 8", 1.5), ("4 to 8", 1), ("nothing", 0)):
-        parts = rewards.score("tvg", reply(answer), sample, grounding=papers.rewards.GROUNDINGS["ends"])
-        assert parts["total"] == total
-    changed["rewards"]["INVERSIONS"] = inversions = {}
-    exec(RECIPES[1], changed["rewards"])
-    assert inversions["ob"].reward(" Door. ", "person opens the door", None) == 1
-    assert inversions["ob"].reward("window", "person opens the door", None) == 0
-    assert inversions["ob"].suits("person opens it") and not inversions["ob"].suits("person runs")
+
+    def total(name, answer, sample=sample):
+        return rewards.score("tvg", reply(answer), sample, grounding=rewards.grounding(f"mine.{name}"))["total"]
+
+    assert [total("ends", answer) for answer in ("2 to 6", "1 to 8", "4 to 8", "nothing")] == [2, 1.5, 1, 0]
+    assert total("near", "2 to 6") == 2 and total("near", "nothing") == 0 and total("near", "6 to 2") == 1
+    assert total("near", "8 to 12") == pytest.approx(1 + math.exp(-6 / 4))  # moved by 6 s, no overlap
+    assert total("near", "9 to 13") < total("near", "8 to 12")  # nearer is better
+    assert total("near", "2 to 6", Sample("A.mp4", "a lamp", 6.0, 6.0)) == 1  # no length to divide by
+
+    task = mine.object
+    assert [task.reward(answer, sample.query, None) for answer in (" Door. ", "window")] == [1, 0]
+    assert task.suits("person opens it") and not task.suits("person runs")
+    assert "'person opens the []'" in prompt_text("mine.object", "person opens the door")
+
+
+@pytest.mark.parametrize("a, b, distance", [
+    ((2, 6), (8, 12), 6), ((8, 12), (2, 6), 6), ((0, 10), (4, 6), 2), ((2, 4), (2, 8), 2), ((1, 4), (3, 5), 1.5),
+    ((3, 3), (2, 6), 1.25)])
+def test_the_distance_of_two_segments_by_hand_and_by_sorted_quantiles(mine, a, b, distance):
+    assert mine.wasserstein(a, b) == pytest.approx(distance)
+    q = (np.arange(10_000) + 0.5) / 10_000
+    points = [np.sort(start + (end - start) * q) for start, end in (a, b)]
+    assert mine.wasserstein(a, b) == pytest.approx(np.abs(points[0] - points[1]).mean(), rel=1e-4)
 
 
 def test_a_data_set_of_ones_own_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = ("video,length,begin,end,sentence", "A.mp4,30,2,6.5,Person runs.", "B.mp4,9,0,3,A lamp.")
     (tmp_path / "mine.csv").write_text("\n".join(rows))
-    exec(RECIPES[2], {})
+    exec(DATA, {})
     found = load_annotations("mine.json", tmp_path)
     assert [(s.query, s.start, s.end, s.duration) for s in found] == [("person runs", 2, 6.5, 30), ("a lamp", 0, 3, 9)]
 

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from shared import make_config, reply, scripted, train, write_lines, write_video
 
+import rewards
 from engine.checkpoints import fingerprint, newest_checkpoint
 from engine.settings import UserError
 from evaluate import paired_bootstrap
@@ -248,7 +249,8 @@ def rollout(iteration, n, total, **notes):
 
 
 def test_groups_flags_and_advantages_by_hand(tmp_path):
-    first = [rollout(0, n, total) for n, total in enumerate((0, 2, 2, 0))]  # mean 1, deviation 1.1547
+    used = [-1.0, 1.0, 1.0, -1.0]  # as the run used them, here without the division by the deviation
+    first = [rollout(0, n, total, advantage=a) for n, (total, a) in enumerate(zip((0, 2, 2, 0), used))]
     second = [rollout(0, n, 1.0) for n in range(4)]
     third = [rollout(5, n, n, kl=n / 10, cut_off=n == 2) for n in range(4)]
     third[1]["parts"]["format"] = 0.0
@@ -258,7 +260,10 @@ def test_groups_flags_and_advantages_by_hand(tmp_path):
         file.write('{"iteration": 6, "vid')  # being written
     groups = runs.read_groups(tmp_path, 4)
     assert [group.iteration for group in groups] == [5, 0, 0]  # the newest first
-    assert [row["advantage"] for row in groups[1].rows] == pytest.approx([-0.866, 0.866, 0.866, -0.866], abs=1e-3)
+    assert [row["advantage"] for row in groups[1].rows] == used
+    write_lines(tmp_path / "metrics.jsonl", [{"iteration": 0, "task": "vd"}])
+    page = make_page([runs.read_run_folder(tmp_path)])
+    assert page.count("advantage <b>") == 4  # a completion of an earlier version is shown without
     assert groups[2].flags() == {"no-spread"} and groups[0].flags() == {"cut-off", "malformed"}
     assert groups[0].kl() == 0.3 and groups[1].kl() == 0
     same = runs.Group(0, "vd", [row | {"completion": "ab"[n % 2]} for n, row in enumerate(first)])
@@ -350,12 +355,37 @@ def test_a_page_of_a_run_that_has_just_begun(tmp_path):
     assert time.strftime("%Y-%m-%d") in page and 'id="rollouts"' not in page and "nll" in page
 
 
+def test_a_page_knows_a_task_of_ones_own_from_the_run(tmp_path):
+    rows = [{"iteration": 0, "task": "eval", "VC": 50.0, "mIoU": 20.0, "mine.object": 40.0},
+            {"iteration": 0, "task": "mine.object", "mine.object/mine.object": 0.5, "kl": 0.1},
+            {"iteration": 1, "task": "tvg", "tvg/iou": 0.5, "kl": 0.2}]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    found = curves.sections([runs.read_run_folder(tmp_path)])
+    names = {title: [chart["name"] for chart in charts] for title, charts in found.items()}
+    assert names == {"Held-out": ["mIoU", "VC", "mine.object"], "Rewards": ["tvg/iou", "mine.object/mine.object"],
+                     "Policy": ["kl, grounding", "kl, inversions"]}
+
+
+def test_a_reward_of_ones_own_is_imported_where_the_command_line_names_it(folder, tmp_path, monkeypatch, alone):
+    run = shutil.copytree(folder / "one", tmp_path / "run")
+    for record in (run / "config.json", *run.glob("checkpoint-*/run.json")):
+        text = record.read_text(encoding="utf-8")
+        record.write_text(text.replace('"tvg_reward": "iou"', '"tvg_reward": "mine.ends"'), encoding="utf-8")
+    argv = [str(run), "--video", str(folder / "videos" / "AAA.mp4"), "--query", "Person jumps."]
+    with pytest.raises(SystemExit, match="names mine.ends, which is not of this repository"):
+        program.main(argv)
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(ends=rewards.IOU))
+    with scripted(reply("1 to 4")):
+        program.main([*argv, "--tvg-reward", "mine.ends"])
+    assert 'title="1.0 to 4.0 s"' in (run / "report.html").read_text(encoding="utf-8")
+
+
 def test_where_a_model_sees_a_query_in_ones_own_video_as_it_was_trained_to(folder, alone, tmp_path):
     video = str(folder / "videos" / "AAA.mp4")  # five seconds
     run = Path(shutil.copytree(folder / "one", tmp_path / "one"))
     record = newest_checkpoint(run) / "run.json"
     state = json.loads(record.read_text(encoding="utf-8"))
-    state["config"] |= {"fps": 1.0, "tvg_reward": "tvg_r1"}
+    state["config"] |= {"fps": 1.0, "tvg_reward": "papers.rewards.tvg_r1"}
     record.write_text(json.dumps(state), encoding="utf-8")
     with scripted("<think>a</think><time>[1, 4]</time><answer>2 to 3</answer>") as calls:
         program.main([str(run), "--video", video, "--query", "Person jumps.", "a door"])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import rewards
 from data import Sample
+from engine.settings import UserError
 from engine.verbs import cosine_similarity, mask_verbs, verbs
 from papers.rewards import grounding
 from rewards import (
@@ -285,18 +286,18 @@ def test_silence_earns_nothing_where_the_query_has_no_verb(task, inversion_rewar
 
 
 def test_an_unknown_task_or_setting_is_named():  # unknown values of settings: see test_runtime.py
-    with pytest.raises(KeyError, match="tgv"):
+    with pytest.raises(UserError, match="task tgv: is not among vc, ar, vd"):
         score("tgv", "", sample())
     with pytest.raises(TypeError, match="inversion_fromat"):
         score("vd", "", sample(), inversion_fromat="think")
 
 
-def test_a_new_inversion_is_a_line_of_the_table(monkeypatch):
-    count = rewards.Inversion("How many people?", "provide a number", lambda answer, query, scoring: answer == "2",
-                              suits=lambda query: "people" in query, logged={"digits": len})
-    monkeypatch.setitem(rewards.INVERSIONS, "count", count)
-    assert suitable("count", ["two people run", DOOR]) == [True, False]
-    assert score("count", thought("2"), sample()) == {"format": 1, "count": 1, "digits": 1, "total": 2}
+def test_where_no_segment_overlaps_the_one_with_the_highest_total_counts():
+    def near(completion, sample, well_formed):
+        return {"iou": 0.0, "total": well_formed + 1 / sample.start}
+
+    two = Sample("a.mp4", DOOR, 10.0, 11.0, alternatives=((4.0, 5.0), (8.0, 9.0)))
+    assert score("tvg", thought("1 to 2"), two, grounding=rewards.IOU._replace(reward=near))["total"] == 1.25
 
 
 def test_cosine_rewards_by_hand():

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from shared import ROOT
 
+import rewards
 from engine import recovery, runtime
 from engine.clips import _start_method
 from engine.files import seal
@@ -51,16 +52,19 @@ from invert4tvg import Config
 
 @pytest.mark.parametrize("argv, words", [
     (["--p", "1.5"], "--p is 1.5"), (["--group-size", "1"], "--group-size 1"),
-    (["--no-such-option"], "--no-such-option"), (["--inversion-tasks", "vc", "xy"], "'xy'"), (["--mu", "x"], "'x'"),
+    (["--no-such-option"], "--no-such-option"), (["--inversion-tasks", "vc", "xy"], "xy: is not among vc,"),
+    (["--mu", "x"], "'x'"),
     (["--min-frame-pixels", "900000"], "--max-frame-pixels"),
     (["--demonstrations", "d.jsonl", "--annotations", "a.txt"], "--annotations"),
     (["--eval-annotations", "a.txt"], "--eval-every"), (["--seed", str(2**70)], f"at most {2**63 - 1}"),
     (["--betas", "0.9"], "--betas is 0.9;"), (["--betas", "0.9", "1.0"], "--betas is 0.9 1.0;"),
-    (["--reward-weights", "anchor_weight=2"], "no weight of the reward iou"),
-    (["--tvg-reward", "anchors", "--reward-weights", "anchor_weight=-1"], "--reward-weights anchor_weight=-1"),
-    (["--tvg-format", "answer", "--tvg-reward", "tvg_r1"], "--tvg-format answer does not go with --tvg-reward tvg_r1"),
-    (["--tvg-reward", "giou"], "'giou'"), (["--tvg-format", "none"], "'none'"),
-    (["--inversion-format", "thinking"], "'thinking'"), (["--inversion-reward", "cos"], "'cos'"),
+    (["--reward-weights", "x=2"], "--reward-weights"), (["--tvg-reward", "giou"], "giou: is not among iou;"),
+    (["--tvg-format", "none"], "'none'"), (["--inversion-format", "thinking"], "'thinking'"),
+    (["--inversion-reward", "cos"], "'cos'"), (["--inversion-tasks", "tvg"], "tvg: is not among vc, ar, vd;"),
+    (["--tvg-reward", "none.x"], "none.x: there is no module none; put none.py into the current folder"),
+    (["--tvg-reward", "rewards.none"], "rewards.py has no none; define a rewards.Grounding of this name"),
+    (["--tvg-reward", "rewards.TASKS"], "rewards.TASKS: is of the class tuple; name a rewards.Grounding"),
+    (["--inversion-tasks", "rewards.IOU"], "is of the class Grounding; name a rewards.Inversion"),
     (["--vd-match", "some"], "'some'"), (["--resume"], "--resume"),
     (["--lr", "nan"], "--lr is nan; it must be a finite number"),
     (["--clip-epsilon", "1e39"], "--clip-epsilon is 1e+39; it must be at most 1e+30"), (["@none.args"], "none.args")])
@@ -69,6 +73,36 @@ def test_a_wrong_option_is_one_sentence(argv, words, capsys):
         parse_settings(Config, "", argv)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and words in message and message.count("\n") == 1
+
+
+def test_a_module_in_the_current_folder_is_found_and_may_be_broken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    (tmp_path / "good_one.py").write_text("import rewards\nends = rewards.IOU", encoding="utf-8")
+    (tmp_path / "bad_one.py").write_text("raise ValueError('on two\\nlines')", encoding="utf-8")
+    assert parse_settings(Config, "", ["--tvg-reward", "good_one.ends"]).grounding() is rewards.IOU
+    with pytest.raises(SystemExit):
+        parse_settings(Config, "", ["--inversion-tasks", "vc", "bad_one.x"])
+    message = capsys.readouterr().err
+    assert "bad_one.x: the module bad_one cannot be imported (ValueError: on two lines); mend it" in message
+    assert message.count("\n") == 1
+
+
+def test_the_papers_tasks_stay_the_default_beside_a_new_line(tmp_path):
+    source = (ROOT / "rewards.py").read_text(encoding="utf-8")
+    line = 'INVERSIONS["new"] = INVERSIONS["vc"]\n'
+    (tmp_path / "rewards.py").write_text(source.replace("TASKS = (", f"{line}TASKS = (", 1), encoding="utf-8")
+
+    def defaults(folder):
+        tiny.forget_project()
+        sys.path.insert(0, str(folder))
+        programs = importlib.import_module("invert4tvg"), importlib.import_module("evaluate")
+        assert "new" in programs[0].rewards.INVERSIONS
+        print(programs[0].Config.inversion_tasks, programs[1].EvalSettings.tasks)
+
+    status = tiny.wait(tiny.start(tmp_path, tmp_path / "output.txt", function=defaults))
+    said = (tmp_path / "output.txt").read_text(encoding="utf-8")
+    assert status == [0] and said == "('vc', 'ar', 'vd') ('tvg', 'vc', 'ar', 'vd')\n", said
 
 
 def test_of_several_processes_one_says_what_is_wrong(capsys, monkeypatch):
@@ -161,9 +195,9 @@ class Small:
 
 
 def test_inherited_options_give_way_to_the_command_line():
-    def inherit(settings):
+    def inherit(settings, given):
         assert settings.folder == "there"  # what the command line gave decides where to look
-        return {"size": 5, "names": ("c",)}
+        return {name: value for name, value in {"size": 5, "names": ("c",)}.items() if name not in given}
 
     assert parse_settings(Small, "", ["--folder", "there"], inherit) == Small(5, ("c",), "there")
     assert parse_settings(Small, "", ["--folder", "there", "--size", "1"], inherit) == Small(1, ("c",), "there")
@@ -171,15 +205,18 @@ def test_inherited_options_give_way_to_the_command_line():
 
 def test_a_mistake_is_said_before_anything_is_inherited(capsys):
     with pytest.raises(SystemExit):
-        parse_settings(EvalSettings, "", ["--video", "a.mp4"], lambda settings: pytest.fail("asks for a model first"))
+        parse_settings(EvalSettings, "", ["--video", "a.mp4"], lambda *_: pytest.fail("asks for a model first"))
     assert "--video has no meaning without --query" in capsys.readouterr().err
 
 
 def test_changed_options_are_those_that_matter():
     before = json.loads(json.dumps(dataclasses.asdict(Small())))
     assert changed_options(before, Small()) == changed_options(before, Small(folder="there")) == []
+    older = {"folder": "here"}  # of a version without the two others, which therefore had their defaults
+    assert changed_options(older, Small()) == [] and changed_options(older, Small(size=2)) == ["--size"]
     assert changed_options(before, Small(2, ("a",))) == ["--size", "--names"]
-    assert changed_options({}, Small()) == ["--size", "--names"]
+    assert changed_options(before | {"reward_weights": []}, Small()) == []  # an option that is gone, at its default
+    assert changed_options(before | {"reward_weights": ["anchor_weight=0"]}, Small()) == ["--reward-weights"]
 
 
 def test_a_mistyped_option_is_said_before_spacy_and_transformers_are_imported():
@@ -401,7 +438,7 @@ def test_which_options_may_change_when_a_run_or_an_evaluation_goes_on():
 def test_which_options_have_no_meaning_beside_others():
     # Nothing is drawn, sampled, rewarded, or held near a reference.
     found = {f.name for f in dataclasses.fields(Config) if f.metadata["unless"] == "demonstrations"}
-    assert found == {"p", "inversion_tasks", "inversion_reward", "vd_verb_cap", "group_size", "temperature", "kl_coef",
+    assert found == {"p", "inversion_reward", "vd_verb_cap", "group_size", "temperature", "kl_coef",
                      "save_rollouts"}
     # And with a video of one's own, which is asked about: it is no row of a file, and nothing is written.
     fields = dataclasses.fields(EvalSettings)
@@ -421,10 +458,11 @@ def test_every_number_is_above_zero_or_may_be_zero():
 
 
 def test_what_is_inherited_is_checked_together_with_what_is_given(capsys):
-    weights = ["--reward-weights", "anchor_weight=0"]  # alone, this would be refused
-    assert parse_settings(EvalSettings, "", weights, lambda settings: {"tvg_reward": "anchors"}).tvg_reward == "anchors"
+    sizes = ["--min-frame-pixels", "900000"]  # alone, this would be refused
+    inherited = parse_settings(EvalSettings, "", sizes, lambda *_: {"max_frame_pixels": 1_000_000})
+    assert inherited.max_frame_pixels == 1_000_000
     with pytest.raises(SystemExit):
-        parse_settings(EvalSettings, "", ["--min-frame-pixels", "800"], lambda settings: {"max_frame_pixels": 784})
+        parse_settings(EvalSettings, "", ["--min-frame-pixels", "800"], lambda *_: {"max_frame_pixels": 784})
     assert "--min-frame-pixels 800 is above --max-frame-pixels 784" in capsys.readouterr().err
 
 

@@ -28,6 +28,8 @@ def run(tmp_path):
     for name in ("train.sh", "demo", "papers"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    (tmp_path / "engine").mkdir()
+    shutil.copy(ROOT / "engine" / "jobs.sh", tmp_path / "engine")
     for name in ("python", "torchrun"):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -177,7 +179,7 @@ def test_a_signal_to_the_script_reaches_what_runs_and_nothing_stays_behind(tmp_p
         "os.write(1, b'begun\\n')\n"
         "time.sleep(60)\n")
     script = tmp_path / "script.sh"
-    script.write_text(f"set -eu\nsource {ROOT / 'demo' / 'jobs.sh'}\n"
+    script.write_text(f"set -eu\nsource {ROOT / 'engine' / 'jobs.sh'}\n"
                       f"{sys.executable} {program} &\nrun {sys.executable} {program}\necho not reached\n")
     process = subprocess.Popen(["bash", str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True,
                                preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))  # also where nohup ignores it

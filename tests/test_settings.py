@@ -51,11 +51,11 @@ FOLLOWED = [  # task, answer, options, its reward without them and with them, wh
     ("ar", "<answer>runs</answer>", ["--inversion-format", "answer"], 1, 2, "\nProvide the verb"),
     ("tvg", "<answer>1 to 2</answer>", ["--tvg-format", "answer"], 0.5, 1.5, "\nProvide the start and end times"),
     ("tvg", reply("1 to 2"), ["--tvg-format", "answer"], 1.5, 0.5, "\nProvide the start and end times"),
-    ("tvg", "<think>a</think><time>[1, 2]</time>", ["--tvg-reward", "tvg_r1"], 0, 0.1 + 0.9 * 0.5, "<time>"),
-    ("tvg", reply("1 to 2"), ["--tvg-reward", "timestamp_iou"], 1.5, 1 + 0.5 * (1 - 1 / 5), "<answer>"),
-    # 1 for the format, 1 for the answer, and twice the anchors' 1/3 * 1/2 + 2/3 * 2/3 and 3 for rising
-    ("tvg", ANCHORED, ["--tvg-reward", "anchors", "--reward-weights", "anchor_weight=2", "progress_weight=3"], 2,
-     2 + 2 * (1 / 6 + 4 / 9 + 3), "<timestamp>")]
+    ("tvg", "<think>a</think><time>[1, 2]</time>", ["--tvg-reward", "papers.rewards.tvg_r1"], 0, 0.55, "<time>"),
+    ("tvg", reply("1 to 2"), ["--tvg-reward", "papers.rewards.timestamp_iou"], 1.5, 1 + 0.5 * (1 - 1 / 5), "<answer>"),
+    # 1 for the format, 1 for the answer, and the anchors' 1/3 * 1/2 + 2/3 * 2/3 and 1/2 for rising
+    ("tvg", ANCHORED, ["--tvg-reward", "papers.rewards.anchors"], 2, 2 + 1 / 6 + 4 / 9 + 1 / 2, "<timestamp>"),
+    ("tvg", ANCHORED, ["--tvg-reward", "papers.rewards.anchors_unrewarded"], 2, 2, "<timestamp>")]
 
 
 @pytest.mark.parametrize("task, text, options, plain, changed, asked", FOLLOWED,

@@ -80,7 +80,7 @@ def test_time_r1(demo):
     stage("difficulty", "--annotations", demo / "train.txt", "--predictions", demo / "rows", "--difficulty", -1, 0.7,
           "--keep", 5, "--choose", "gaussian", "--output", demo / "rows.json")
     log = train(demo, "time-r1", "--model", demo / "warm", "--annotations", demo / "rows.json", "--tvg-reward",
-                "timestamp_iou", "--p", 1, "--epochs", 1)
+                "papers.rewards.timestamp_iou", "--p", 1, "--epochs", 1)
     assert len(log) == 2  # five rows, four prompts an iteration
     assert sum(row["tvg/iou"] for row in log) > 0
     for row in log:
@@ -89,7 +89,7 @@ def test_time_r1(demo):
 
 
 def test_tar_tvg(demo):
-    anchors = "--tvg-reward", "anchors", "--max-new-tokens", 48
+    anchors = "--tvg-reward", "papers.rewards.anchors", "--max-new-tokens", 48
     train(demo, "tar-0", "--model", demo / "warm", "--demonstrations", demo / "anchors.jsonl", *anchors,
           "--iterations", 30, "--lr", 4e-3)
     log = train(demo, "tar-1", "--model", demo / "tar-0", "--annotations", demo / "train.txt", *anchors, "--p", 1,
@@ -117,7 +117,7 @@ def test_tar_tvg(demo):
 
 
 def test_tvg_r1(demo):
-    r1 = "--tvg-reward", "tvg_r1", "--p", 1
+    r1 = "--tvg-reward", "papers.rewards.tvg_r1", "--p", 1
     stage("longest", "--demonstrations", demo / "cold-start.jsonl", "--share", 0.5, "--output", demo / "cold.jsonl")
     train(demo, "cold", "--model", demo / "warm", "--demonstrations", demo / "cold.jsonl", *r1[:2], "--iterations", 40,
           "--lr", 4e-3)
