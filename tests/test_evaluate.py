@@ -283,13 +283,15 @@ def test_missing_videos_are_an_error_unless_allowed(settings, capsys):
     assert json.loads((Path(settings.output) / "metrics.json").read_text())["rows"]["tvg"] == 3
 
 
-def test_against_prints_both_and_the_interval(settings, capsys):
-    settings = dataclasses.replace(settings, tvg_reward="anchors", tasks=("tvg", "vc"))
+def test_against_prints_both_and_the_interval(settings, capsys, monkeypatch):
+    mine = SimpleNamespace(ends=rewards.IOU._replace(metrics=lambda parts: {"a column": 50.0}))
+    monkeypatch.setitem(sys.modules, "mine", mine)
+    settings = dataclasses.replace(settings, tvg_reward="mine.ends", tasks=("tvg", "vc"))
     other = dataclasses.replace(settings, output=settings.output + "-other")
     launch(evaluate.main, other)
     launch(evaluate.main, dataclasses.replace(settings, against=other.output))
     table = capsys.readouterr().out.split("difference")[1]
-    assert "mIoU" in table and "VC" in table and "+0.0" in table and "2-4 anchors" in table
+    assert "mIoU" in table and "VC" in table and "+0.0" in table and "a column" in table
     file = Path(settings.annotations)
     rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
     file.write_text("".join(rows[:2]), encoding="utf-8")  # what both hold of a row that is gone does not count

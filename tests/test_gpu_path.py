@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from shared import ROOT, prompts  # noqa: F401
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import grpo
 import invert4tvg
@@ -228,7 +228,10 @@ def test_an_offloaded_state_is_there_before_it_is_read(monkeypatch):
 
 
 class Fakes:
-    """FakeTensorMode, with values where the program asks for one; fake tensors have none."""
+    """FakeTensorMode, with values where the program asks for one; fake tensors have none.
+
+    Only the class of fake tensors is changed: Python never quite forgets a changed `__getitem__`.
+    """
 
     def __init__(self, truth):
         self.truth = truth  # of each yes or no
@@ -237,12 +240,12 @@ class Fakes:
         self.stack = contextlib.ExitStack()
         self.stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
         # These three ask for the device first, which is not there. A mask must lie where what it selects from does.
-        self.stack.enter_context(mock.patch.object(torch.Tensor, "__getitem__", lambda x, mask: (x * mask).flatten()))
-        self.stack.enter_context(mock.patch.object(torch.Tensor, "__invert__", lambda x: x.eq(0)))
-        self.stack.enter_context(mock.patch.object(torch.Tensor, "copy_", lambda x, y, **_: x))
+        self.stack.enter_context(mock.patch.object(FakeTensor, "__getitem__", lambda x, mask: (x * mask).flatten()))
+        self.stack.enter_context(mock.patch.object(FakeTensor, "__invert__", lambda x: x.eq(0)))
+        self.stack.enter_context(mock.patch.object(FakeTensor, "copy_", lambda x, y, **_: x))
         for name, value in {"item": 1.0, "__bool__": self.truth, "__float__": 1.0, "__int__": 1, "tolist": [1.0],
                             "backward": None}.items():
-            self.stack.enter_context(mock.patch.object(torch.Tensor, name, lambda *_, value=value: value))
+            self.stack.enter_context(mock.patch.object(FakeTensor, name, lambda *_, value=value: value))
         return self
 
     def __exit__(self, *error):

@@ -12,7 +12,6 @@ import rewards
 from data import Sample
 from engine.settings import UserError
 from engine.verbs import cosine_similarity, mask_verbs, verbs
-from papers.rewards import grounding
 from rewards import (
     FORMATS,
     Scoring,
@@ -148,10 +147,14 @@ def test_of_several_segments_the_best_counts():
     for answer, iou in [("0 to 2", 1), ("11 to 13", 1 / 2), ("10 to 21", 4 / 11), ("30 to 40", 0)]:
         parts = score("tvg", thought(answer), one)
         assert parts["iou"] == pytest.approx(iou) and parts["total"] == pytest.approx(1 + iou)
-    # Time-R1 would pay more for the second one, 1 + 0.6 * 0.8, whose start alone is off, and by less.
+    # The IoU decides also where a reward would pay more for another segment: here the shorter one, 1 + 10 - 3.
+    def short(completion, sample, well_formed):
+        parts = rewards.iou_reward(completion, sample, well_formed)
+        return parts | {"total": well_formed + 10 - (sample.end - sample.start)}
+
     one = Sample("a.mp4", "q", 0.0, 8.0, 10.0, alternatives=((2.0, 5.0),))
-    parts = score("tvg", thought("0 to 5"), one, grounding=grounding("timestamp_iou"))
-    assert parts["iou"] == 5 / 8 and parts["total"] == pytest.approx(1 + 5 / 8 * 0.7)
+    parts = score("tvg", thought("0 to 5"), one, grounding=rewards.IOU._replace(reward=short))
+    assert parts == {"format": 1, "iou": 5 / 8, "total": 1 + 10 - 8}
 
 
 # ---- Eq. 5, verb completion

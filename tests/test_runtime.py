@@ -153,7 +153,7 @@ def another(f):
     if f.metadata["choices"]:
         return f.metadata["choices"][-1:] if f.type is tuple else f.metadata["choices"][-1]
     if f.type is tuple:
-        return ("x",)
+        return f.default[-1:] or ("x",)
     return f.default / 2 if f.type is float else f.default + (1 if f.type is int else "x")
 
 
