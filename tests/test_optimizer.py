@@ -7,7 +7,6 @@ import pytest
 import torch
 from shared import byte_tokenizer, tiny_model
 
-from benchmarks.dry_run import Storages
 from engine import optimizer
 from engine.optimizer import MasterAdamW, clip_gradients
 from engine.settings import UserError
@@ -83,6 +82,8 @@ def test_slices_leave_the_results_as_they_are(monkeypatch):
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_step_holds_one_slice_of_temporaries_not_a_parameter(offload, monkeypatch):
+    from benchmarks.dry_run import Storages  # here, for the method's tests run without benchmarks/
+
     monkeypatch.setattr(optimizer, "SLICE", 100)
     p = torch.nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16, device="meta"))
     p.grad = torch.zeros_like(p)
