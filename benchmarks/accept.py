@@ -14,7 +14,6 @@ A check with a bound passes or fails, and the table says where its bound comes f
 The goals for speed (GOAL) decide nothing: they are what a well-used GPU should reach.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -51,6 +50,7 @@ from engine.optimizer import MasterAdamW, sharded_adamw
 from engine.parallel import data_parallel
 from engine.predictions import read_predictions
 from engine.runtime import gather, launch, setup_distributed
+from engine.settings import command_line
 
 BUDGET = 540  # seconds in all
 GAP = {torch.bfloat16: 0.05, torch.float32: 1e-4}  # of a log-probability in sampling and in the packed pass
@@ -610,7 +610,7 @@ def verdict(place, results) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line("benchmarks.accept", __doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, default=Path("runs/acceptance"), help="folder for results and logs")
     args = parser.parse_args()

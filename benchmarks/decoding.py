@@ -13,7 +13,6 @@ decord 0.6.0 and torchcodec (0.13.0 runs with torch 2.13 on the CPU; it needs FF
 `ffmpeg`) are no requirements: `pip install --no-deps decord torchcodec==0.13.0`.
 """
 
-import argparse
 import os
 import shutil
 import statistics
@@ -29,6 +28,7 @@ import torch
 from data import TaskSampler
 from engine.annotations import Sample
 from engine.clips import Clips, read_ahead
+from engine.settings import command_line
 from engine.video import read_video, video_duration
 
 SEGMENTS = (2.5, 5, 10, 20, 40)  # seconds
@@ -205,7 +205,7 @@ def wait(durations, video, folder, workers, iterations):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line("benchmarks.decoding", __doc__)
     parser.add_argument("--video", help="a file to measure on, instead of made ones")
     parser.add_argument("--cores", type=int, default=1, help="cores, and threads of each reader")
     parser.add_argument("--rounds", type=int, default=7)

@@ -20,7 +20,6 @@ nothing run. Before timing, ours and repeated score the same completions. A diff
 run.
 """
 
-import argparse
 import importlib.util
 import json
 import multiprocessing
@@ -44,6 +43,7 @@ from benchmarks.models import PUBLISHED, SIZES, Cell
 from engine.attention import visual_features
 from engine.checkpoints import load_model, recompute_activations
 from engine.optimizer import MasterAdamW
+from engine.settings import command_line
 
 PHASES = {"sampling": "sampling", "reference": "reference pass", "policy": "policy, forward + backward",
           "step": "whole step"}
@@ -274,7 +274,7 @@ def plot(path, results, axis, xlabel):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line("benchmarks.step", __doc__)
     parser.add_argument("--cells", nargs="*", default=["1024/64", "1024/200", "2048/64", "2048/200"],
                         metavar="PROMPT/COMPLETION", help="in tokens")
     parser.add_argument("--systems", nargs="+", choices=LABELS, default=list(LABELS))

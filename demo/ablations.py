@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from demo.measured import LISTS, MEASURED, METRICS, RARE, T, collect, differences, interval, read_rows, spread
+from engine.settings import command_line
 
 COLUMNS = {"hacking": ("VD", "VD, rare", *LISTS)}  # of a sweep's tables; METRICS and RARE where it is not named
 COMPARED = {"hacking": ("VD", "VD lists")}  # what is compared with the base run; R1@0.7 and mIoU elsewhere
@@ -259,10 +260,12 @@ def main(sweep, seeds):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
+    parser = command_line("demo.ablations", __doc__)
+    parser.add_argument("sweep", choices=RUNS, help="which runs")
+    parser.add_argument("seeds", nargs="*", help="make the runs of these seeds first, such as 0 2 3")
+    given = parser.parse_args()
     try:
-        main(sys.argv[1], sys.argv[2:])
+        main(given.sweep, given.seeds)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from demo.measured import NAMED, TRAINING, bounds, differences, interval, read_rows
+from engine.settings import command_line
 
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "claims"})  # the same file each time
 ROOT = Path(__file__).parents[1]
@@ -218,6 +219,7 @@ def draw(rows, hacking, path):
 
 
 if __name__ == "__main__":
+    command_line("demo.claims", __doc__).parse_args()
     found = read_measured("claim", "ablations")
     print(table(found))
     draw(found, read_measured("hacking"), ROOT / "docs" / "results.svg")

@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from engine.settings import command_line
+
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "demo" / "logs"
 RUNS = ("grpo", "tvg-only", "runaway", "collapse", "no-spread", "hacked")
@@ -73,6 +75,13 @@ def draw():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        write_csv(Path(sys.argv[1]))
-    draw()
+    parser = command_line("demo.curves", __doc__)
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER",
+                        help="whose runs are written to demo/logs/ first")
+    given = parser.parse_args()
+    try:
+        if given.folder:
+            write_csv(given.folder)
+        draw()
+    except OSError as error:
+        sys.exit(f"demo.curves: {error}")

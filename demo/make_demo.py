@@ -11,7 +11,6 @@ four of the ten verbs are rare, and the same without thinking in grounding as an
 with longer reasoning; anchors.jsonl, of which a fifth guesses before it answers, as a base for TAR-TVG.
 """
 
-import argparse
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +21,7 @@ import numpy as np
 
 from demo.videos import write_video
 from engine.progress import progress
-from engine.settings import print_any_name
+from engine.settings import command_line, print_any_name
 from engine.workers import begin_worker
 
 RARE_VERBS = ("sliding", "falling", "shrinking", "spinning")
@@ -84,8 +83,7 @@ def write_lines(path, lines):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m demo.make_demo", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line("demo.make_demo", __doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--videos", type=int, nargs=3, default=(1200, 150, 150), metavar=("TRAIN", "VAL", "TEST"))

@@ -14,6 +14,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from engine.settings import command_line
+
 ROWS = {
     "warm": "warm start (supervised, short on purpose)",
     "grpo": "+ GRPO with inversion, p = 0.8",
@@ -86,18 +88,21 @@ def print_rows(folder, rows):
 
 
 def main():
-    folder = Path(sys.argv[1])
-    if sys.argv[2:] == ["iterations"]:
+    parser = command_line("demo.table", __doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("what", nargs="?", choices=("iterations", "rows"), help="in place of the demo's table")
+    parser.add_argument("rows", nargs="*", metavar="LABEL=EVALUATION[:RUN,RUN...]")
+    given = parser.parse_args()
+    folder = given.folder
+    if given.what == "iterations":
         print(round(60 * minutes(folder, ["grpo"]) / statistics.median(logged(folder, "warm", "seconds"))))
-    elif sys.argv[2:3] == ["rows"]:
-        print_rows(folder, sys.argv[3:])
+    elif given.what == "rows":
+        print_rows(folder, given.rows)
     else:
         print_demo(folder)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
     try:
         main()
     except OSError as error:

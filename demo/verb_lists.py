@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from demo.videos import VERBS
+from engine.settings import command_line
 
 
 def main(folder):
@@ -23,4 +24,9 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = command_line("demo.verb_lists", __doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of the demo, with its warmup-2.jsonl")
+    try:
+        main(parser.parse_args().folder)
+    except OSError as error:
+        sys.exit(f"demo.verb_lists: {error}")

@@ -89,7 +89,7 @@ def parse_settings(cls, description, argv=None, inherit=None):
             settings = dataclasses.replace(settings, **inherit(settings, given))
         settings.check()
     except UserError as error:
-        parser.error(str(error).rstrip("."))
+        parser.error(str(error))
     return settings
 
 
@@ -99,9 +99,18 @@ def print_any_name():
         stream.reconfigure(errors="replace")
 
 
+def command_line(program, description) -> argparse.ArgumentParser:
+    """The parser of `python -m PROGRAM`, whose few options are added to it; it stops as `parse_settings` does."""
+    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = functools.partial(_stop, parser)
+    return parser
+
+
 def _stop(parser, message):
     """Of the processes that torchrun starts, one says it."""
     first = os.environ.get("RANK", "0") == "0"
+    message = message.rstrip(".")
     parser.exit(2, f"{parser.prog}: {message}; --help lists every option.\n" if first else None)
 
 

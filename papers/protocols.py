@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.predictions import read_predictions
-from engine.settings import UserError
+from engine.settings import UserError, command_line
 from evaluate import THRESHOLDS
 from rewards import Span, temporal_iou
 
@@ -171,10 +171,10 @@ def table(predictions: list[dict]) -> str:
     return "\n".join([head, "|---" * (len(metrics) + 2) + "|", *lines])
 
 
-def main(argv):
-    if len(argv) != 1 or argv[0].startswith("-"):
-        sys.exit(__doc__)
-    folder = Path(argv[0])
+def main():
+    parser = command_line("papers.protocols", __doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the --output of evaluate.py")
+    folder = parser.parse_args().folder
     if not (folder / "metrics.json").is_file():
         raise UserError(f"{folder}: holds no finished evaluation (no metrics.json); give the --output of evaluate.py.")
     predictions = [p for p in read_predictions(folder) if p["task"] == "tvg"]
@@ -187,6 +187,6 @@ def main(argv):
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        main()
     except (UserError, OSError) as error:
         sys.exit(f"papers.protocols: {error}")

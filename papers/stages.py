@@ -25,7 +25,7 @@ import papers.rewards
 import rewards
 from engine.annotations import demonstration_row, excerpt_fields, load_annotations, load_demonstrations
 from engine.predictions import read_predictions
-from engine.settings import UserError, print_any_name
+from engine.settings import UserError, command_line, print_any_name
 from evaluate import evenly_spaced
 from papers.rewards import ANCHORS_WANTED, parse_anchors
 
@@ -221,8 +221,7 @@ def number(kind, low, high):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m papers.stages", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line("papers.stages", __doc__)
     subparsers = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     add = {name: subparsers.add_parser(name) for name in STAGES}
     for sub in (parser, *add.values()):

@@ -7,21 +7,19 @@ RUN_DIR and OTHER are the --output of invert4tvg.py or of evaluate.py; a run may
 pip install -r report/requirements.txt
 """
 
-import argparse
 import sys
 import time
 import webbrowser
 from pathlib import Path
 
-from engine.settings import UserError
+from engine.settings import UserError, command_line
 from engine.video import VideoError
 
 MAX_RUNS = 6  # as many as there are colours
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line("report", __doc__)
     parser.add_argument("run", metavar="RUN_DIR", help="the --output of a run or of an evaluation")
     parser.add_argument("--against", metavar="OTHER", nargs="+", default=[], help="others to set beside it")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from engine.settings import command_line
+
 HEIGHT = 1300
 VIEWS = (("curves", 1100, 1), ("rollouts", 500, 0), ("strips", 500, 0))  # section of the page, width, light or dark
 
@@ -42,9 +44,11 @@ def main(page, picture):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
+    parser = command_line("report.screenshot", __doc__)
+    parser.add_argument("page", type=Path, help="a report.html")
+    parser.add_argument("picture", type=Path, help="the PNG to write")
+    given = parser.parse_args()
     try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
+        main(given.page, given.picture)
     except (OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"report.screenshot: {error}")

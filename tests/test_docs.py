@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import tiny
 from shared import ROOT, write_lines
 
 from demo import ablations, claims, curves, measured, table
@@ -272,3 +273,16 @@ def test_the_shipped_logs_are_what_the_page_on_reading_says_of_them():
     assert logged("hacked", "vd/vd", "vd")[-20:].mean() > 0.9
     verbs = logged("hacked", "vd/vd_verbs", "vd")
     assert verbs[10:30].mean() < 1.1 and verbs[-20:].mean() > 2.3
+
+
+PROGRAMS = ["papers.protocols", "papers.stages", "demo.ablations", "demo.table", "demo.curves", "demo.verb_lists",
+            "demo.claims", "demo.make_demo", "report", "report.screenshot", "benchmarks.accept", "benchmarks.memory",
+            "benchmarks.step", "benchmarks.decoding"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_explains_itself_and_refuses_what_it_does_not_know(name):
+    status, said = tiny.run_program("-m", name, "--help")
+    assert status == 0 and "usage:" in said and "Traceback" not in said
+    status, said = tiny.run_program("-m", name, "--no-such-option")
+    assert status == 2 and "Traceback" not in said and "; --help lists every option." in said.splitlines()[-1]
