@@ -135,7 +135,7 @@ def load_training(settings) -> tuple[list[Sample], None, None]:
         samples = timed
     if not samples:
         raise UserError(f"{settings.annotations}: no row is left to train on.")
-    if getattr(settings, "p", 0) < 1:  # else all queries train grounding alone
+    if settings.p < 1:  # else all queries train grounding alone
         say(f"{settings.annotations}: {count_coverage(sample.query for sample in samples)}")
     return samples, None, None
 
@@ -205,7 +205,7 @@ class TaskSampler:
     inversion iteration a slot whose sample does not suit the task is redrawn among those that do; the epoch skips that
     sample.
 
-    Iterating yields, for `rank` of `world_size`, each iteration's list of (sample index, task).
+    `slots` are those of `rank` of `world_size`.
     """
 
     def __init__(self, count: int, suits: dict[str, list[bool]], prompts: int, p: float = 0.8, seed: int = 0,
@@ -251,10 +251,6 @@ class TaskSampler:
         task = self.task(iteration)
         indices = [self.index(iteration, slot, attempt) for attempt in range(MAX_ATTEMPTS)]
         return [(index, own_tasks[index] if own_tasks else task) for index in indices]
-
-    def __iter__(self):
-        for iteration in range(self.iterations):
-            yield [(self.index(iteration, slot), self.task(iteration)) for slot in self.slots]
 
 
 def make_sampler(config, samples: list[Sample], prompts: int, rank: int, world_size: int) -> TaskSampler:

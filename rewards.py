@@ -54,7 +54,7 @@ def temporal_iou(a: Span, b: Span) -> float:
         return 0.0
     intersection = max(0.0, min(a_end, b_end) - max(a_start, b_start))
     union = max(a_end, b_end) - min(a_start, b_start)  # exact where they overlap; where they do not, the ratio is 0
-    return float(intersection / union) if 0 < union < float("inf") else 0.0  # Eq. 8
+    return float(intersection / union)  # Eq. 8
 
 
 def iou_reward(completion: str, sample, well_formed: float) -> dict[str, float]:

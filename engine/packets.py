@@ -122,7 +122,7 @@ def skip_plan(packets, nearest):
     needed = False  # by a wanted frame that comes later in the file
     earliest = math.inf  # time of the wanted frames between here and the next key frame
     for packet in reversed(packets):
-        is_wanted = packet.is_shown and packet.time in wanted
+        is_wanted = packet.time in wanted
         if is_wanted:
             needed = True
             earliest = min(earliest, packet.time)

