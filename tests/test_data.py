@@ -139,7 +139,7 @@ def test_a_draw_depends_on_seed_and_iteration_alone():
     for draw in (lambda s: [s.task(k) for k in range(40)], lambda s: [s.index(0, k) for k in range(4)],
                  lambda s: [s.index(0, 0, attempt) for attempt in range(1, 5)]):
         assert draw(one) != draw(other)
-    assert [[(two.index(k, s), two.task(k)) for s in range(4)] for k in (30, 7)] == [list(one)[30], list(one)[7]]
+    assert [[(two.index(k, s), two.task(k)) for s in range(4)] for k in (30, 7)] == [walk(one)[30], walk(one)[7]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
