@@ -103,6 +103,8 @@ def environment(place):
     if not place.small:
         yield from gpus(place)
     yield Check("cores", len(os.sched_getaffinity(0)))
+    memory_free = Path("/proc/meminfo").read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0]
+    yield Check("host memory available, GiB", round(int(memory_free) / 2**20, 1))
     # Without these three sampling goes on uncompiled, with a warning (decoding.working).
     yield Check("C compiler", shutil.which("gcc") or shutil.which("cc") or "missing: no compilation")
     header = Path(sysconfig.get_paths()["include"], "Python.h")
@@ -476,7 +478,8 @@ def published(place):
     if place.small:
         size, options, settings = "5M, in place of 3B", "", memory.Settings(model=str(place.checkpoint()), world_size=1)
     else:
-        size, options, settings = real_size_plan(place.cards, place.gib)
+        # In a process of its own: the plan runs a backward pass, after which ranks cannot be forked from this one.
+        size, options, settings = finish(start(1, place.cards, real_size_plan, place.cards, place.gib))[0]
     settings = dataclasses.replace(settings, max_new_tokens=cell.completion, accumulation=1)
     yield Check("model", size)
     yield Check("options, chosen by the memory of these cards", options or "none")
@@ -551,13 +554,13 @@ STAGES = (
     Stage(environment, "environment", 60, early=True),  # the first start of CUDA on eight cards
     Stage(one_process, "one process", 20, early=True),
     Stage(kernels, "kernels", 20, early=True),
-    Stage(eager, "tiny model, eager", 25, early=True),
-    Stage(graphs, "tiny model, graphs", 25),
-    Stage(fresh_shapes, "fresh shapes", 20),
-    Stage(compiled, "tiny model, compiled", 80),
-    Stage(resumed, "kill and resume", 60),
-    Stage(published, "real size", 110),
-    Stage(loop, "the demo's loop", 45),
+    Stage(eager, "tiny model, eager", 20, early=True),
+    Stage(graphs, "tiny model, graphs", 20),
+    Stage(fresh_shapes, "fresh shapes", 15),
+    Stage(compiled, "tiny model, compiled", 75),
+    Stage(resumed, "kill and resume", 55),
+    Stage(published, "real size", 140),  # 3B on one card of 40 GB pins 34 GiB of host memory
+    Stage(loop, "the demo's loop", 40),
     Stage(all_cards, "all cards", 75),
 )
 
@@ -621,6 +624,8 @@ def main():
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asks without starting CUDA, which no fork survives
         if not torch.cuda.is_available():
             parser.error("torch finds no GPU here; --device cpu runs the same code at tiny size.")
+        if torch.cuda._device_count_nvml() < 0:  # torch would begin with CUDA to count them
+            parser.error("the driver's NVML cannot be asked for the cards; CUDA_VISIBLE_DEVICES takes their numbers.")
     args.output.mkdir(parents=True, exist_ok=True)
     place = Place(torch.device(args.device), args.output.resolve(),
                   torch.cuda.device_count() if args.device == "cuda" else 0)

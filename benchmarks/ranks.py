@@ -6,6 +6,7 @@ import time
 from contextlib import nullcontext
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 
 from benchmarks.stages import CONTEXT
@@ -30,6 +31,7 @@ def start(ranks, cards, function, *args):
 
 
 def as_rank(sender, rank, ranks, cards, port, function, args):
+    torch.set_num_threads(1)  # as torchrun does; and threads of the forked process are gone, for which one would wait
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks),
                    "LOCAL_RANK": str(rank if cards >= ranks else 0)}
     if ranks == 1:

@@ -64,13 +64,12 @@ class MasterAdamW(torch.optim.Optimizer):
                 self.room = self.room or host_room([p for group in self.param_groups for p in group["params"]])
                 tensors = self.room[p]
             else:
-                tensors = [torch.empty_like(p, dtype=torch.float32) for _ in names]
+                tensors = [torch.zeros_like(p, dtype=torch.float32) for _ in names]
             state.update(zip(names, tensors))
             state["step"] = 0
-            state["exp_avg"].zero_()
-            state["exp_avg_sq"].zero_()
             if "master" in state:
-                state["master"].copy_(p)
+                for master, weight in zip(state["master"].view(-1).split(SLICE), p.view(-1).split(SLICE)):
+                    master.copy_(weight)  # on its way to the host a slice is float32 on the device
         return state
 
 
@@ -107,7 +106,7 @@ def clip_gradients(parameters, max_norm):
 
 
 def host_room(parameters):
-    """-> {p: float32 tensors of its shape, one for each name of its state}, slices of one allocation in host memory.
+    """-> {p: float32 zeros of its shape, one for each name of its state}, slices of one allocation in host memory.
 
     For GPUs it is pinned, or copies would take twice as long. It is one allocation because PyTorch's own pinned memory
     rounds each up to a power of two. On the meta device it takes no memory either.
