@@ -33,7 +33,7 @@ def test_the_acceptance_forks_its_ranks_before_anything_has_begun_that_no_fork_s
         from benchmarks import accept, memory
 
         def backward(*_):
-            torch.empty(2**22).zero_()  # on all cores
+            torch.empty(2**22).zero_()  # on all cores, if it may
             torch.ones(2, requires_grad=True).sum().backward()
 
         def plan(cards, gib):
@@ -46,6 +46,7 @@ def test_the_acceptance_forks_its_ranks_before_anything_has_begun_that_no_fork_s
 
         _setup_privateuseone_for_python_backend("gpu")
         torch.set_num_threads(2)
+        torch.empty(2**22).zero_()
         accept.real_size_plan, accept.real_size = plan, real_size
         accept.Place.checkpoint = backward
         try:
