@@ -334,9 +334,7 @@ def save_checkpoint(config, progress, model, processor, optimizer):
             path.chmod(0o666 & ~umask)  # the library's weights are readable by their owner alone
         partial.rename(final)
         flush(output)
-        complete = [path for path in output.glob("checkpoint-*") if iteration_of(path) is not None]
-        for old in sorted(complete, key=iteration_of)[:-config.keep]:
-            shutil.rmtree(old)
+        delete_old(output, config.keep)
 
     try:
         together(lambda: check_finite(model, optimizer))
@@ -350,6 +348,21 @@ def save_checkpoint(config, progress, model, processor, optimizer):
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{final}: could not be written ({reason}); the checkpoints before it are whole; make room, or "
                         "mend the disk, and give the same command again.") from error
+
+
+undeletable = set()  # checkpoints of which this was said
+
+
+def delete_old(output, keep):
+    """Delete all checkpoints but the newest `keep`; what cannot be deleted is said once, and tried at the next save."""
+    complete = [path for path in output.glob("checkpoint-*") if iteration_of(path) is not None]
+    for old in sorted(complete, key=iteration_of)[:-keep]:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            if old not in undeletable:
+                say(f"{old}: could not be deleted ({error.strerror}); the run goes on, and tries again when it saves.")
+            undeletable.add(old)
 
 
 def optimizer_tensors(model, optimizer):

@@ -158,3 +158,19 @@ def test_what_a_run_learns_from_is_told_by_every_field_of_its_rows_by_completion
                {"alternatives": ((2.0, 3.0),)}, {"completions": ("y",)}, {"tasks": ("vc",)}]
     assert len({digest(), *(digest(**change) for change in changes)}) == 1 + len(changes)
     assert digest(video="elsewhere/a.mp4") == digest()  # the same file in another folder
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_said_once_and_ends_no_run(config, monkeypatch, capsys):
+    refused = []
+    remove = shutil.rmtree
+
+    def rmtree(path, *args, **kwargs):
+        if Path(path).name == "checkpoint-000001" and len(refused) < 2:
+            refused.append(path)
+            raise PermissionError(13, "Permission denied", str(path))
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    output = Path(train(config, iterations=4, save_every=1, keep=1))
+    assert len(refused) == 2 and capsys.readouterr().out.count("checkpoint-000001: could not be deleted (Perm") == 1
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-000004"]  # tried again, with success
