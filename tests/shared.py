@@ -314,6 +314,11 @@ def write_lines(path, rows):
     return str(path)
 
 
+def walk(draw):
+    """A TaskSampler -> each iteration's list of (sample index, task) on its rank."""
+    return [[(draw.index(k, slot), draw.task(k)) for slot in draw.slots] for k in range(draw.iterations)]
+
+
 def lines_of(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from shared import write_lines, write_video
+from shared import walk, write_lines, write_video
 
 import rewards
 from data import (
@@ -119,11 +119,6 @@ def test_inversions_may_answer_without_thinking_but_tvg_may_not():
 
 
 # ---- The task sampler (Eq. 13)
-
-
-def walk(draw):
-    """Each iteration's list of (sample index, task) on a rank."""
-    return [[(draw.index(k, slot), draw.task(k)) for slot in draw.slots] for k in range(draw.iterations)]
 
 
 def sampler(n=50, prompts=4, verbless=(), tasks=INVERSIONS, **options):

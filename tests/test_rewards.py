@@ -130,7 +130,7 @@ def test_iou_equals_a_count_of_grid_cells(a, b):
     assert temporal_iou(a, b) == pytest.approx((in_a & in_b).sum() / (in_a | in_b).sum() if valid else 0, abs=1e-9)
 
 
-@given(*[st.tuples(st.floats(), st.floats())] * 2)
+@given(*[st.tuples(*[st.floats(-1e9, 1e9) | st.just(float("nan"))] * 2)] * 2)
 def test_iou_is_symmetric_and_within_bounds(a, b):
     assert 0 <= temporal_iou(a, b) <= 1
     assert temporal_iou(a, b) == temporal_iou(b, a)

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from shared import lines_of, log_of, measure, parse, reply, rollouts_of, scripted, train, write_lines, write_video
+from shared import lines_of, log_of, measure, parse, reply, rollouts_of, scripted, train, walk, write_lines, write_video
 
 import data
 import evaluate
@@ -117,7 +117,7 @@ def test_seed_p_and_tasks_reach_the_sampler(words, tmp_path):
     drawn = [(line["query"], line["task"]) for line in rollouts_of(output)[::2]]  # groups of two
     suits = dict.fromkeys(("ar", "vd"), [True] * 6)
     expected = data.TaskSampler(6, suits, prompts=2, p=0.3, seed=3, iterations=8)
-    assert drawn == [(queries[index], task) for slots in expected for index, task in slots]
+    assert drawn == [(queries[index], task) for slots in walk(expected) for index, task in slots]
     assert {task for _, task in drawn} == {"tvg", "ar", "vd"}
 
 
