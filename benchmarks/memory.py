@@ -23,6 +23,7 @@ read over its bandwidth, whichever takes longer (benchmarks/cards.py).
 
 import ctypes
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -66,6 +67,12 @@ class Settings(invert4tvg.Config):
 # ------------------------------------------------------------------------------------------------ the report
 
 
+@functools.cache
+def need_of(settings, worst):
+    """-> dry_run.Need of a run whose iterations are typical, or the worst; each is counted once."""
+    return estimate(make_model(settings), settings, plan(settings, worst))
+
+
 def print_budget(title, need, settings):
     """Print a table, GiB, a column a phase -> whether the largest fits."""
     peaks = need.peaks
@@ -99,8 +106,7 @@ def print_measures(settings, worst):
     for change in changes:
         changed = dataclasses.replace(settings, **change)
         if changed != settings:
-            need = estimate(make_model(changed), changed, plan(changed, worst))
-            needs.append((need.most()[1], *change.popitem()))
+            needs.append((need_of(changed, worst).most()[1], *change.popitem()))
     for need, name, value in sorted(needs):
         print(f"  with {name} = {value}: {need / GiB:.1f} GiB" + (", fits" if need <= settings.gpu_gb * GiB else ""))
 
@@ -130,14 +136,14 @@ def ways_that_fit(model, world_size, gib, **options):
     """Yield (the options as a user writes them, Settings) of those WAYS whose worst case fits cards of `gib` GiB."""
     for title, change in WAYS.items():
         one = Settings(model=model, world_size=world_size, accumulation=max(1, 8 // world_size), **options, **change)
-        if estimate(make_model(one), one, plan(one, worst=True)).most()[1] < gib * GiB:
+        if need_of(one, worst=True).most()[1] < gib * GiB:
             yield "" if title == "full" else title.strip("`"), one
 
 
 def print_time(settings, iterations):
     """Print how long an iteration and a run take at least, on each card that is known or on the measured one."""
     work = plan(settings, worst=False)
-    need = estimate(make_model(settings), settings, work)
+    need = need_of(settings, worst=False)
     known = [cards.measured(settings.seconds)] if settings.seconds else cards.CARDS
     print("\nSeconds of a typical iteration at the least, and hours of the run; in brackets at "
           f"{cards.REACHED:.0%} of what a card can do, which is a goal and not measured"
@@ -168,7 +174,7 @@ def report(settings):
         work = plan(settings, worst)
         mean = sum(work.lengths) / len(work.lengths)
         title = f"{name}: {mean:,.0f} tokens a completion, {max(work.lengths):,} the longest"
-        if not print_budget(title, estimate(model, settings, work), settings):
+        if not print_budget(title, need_of(settings, worst), settings):
             print_measures(settings, worst)
     print(f"\n{LEFT_OUT}")
     print_run(settings)
@@ -185,7 +191,7 @@ def print_table(settings):
             for title, change in WAYS.items():
                 one = dataclasses.replace(settings, model=model, world_size=world_size, accumulation=8 // world_size,
                                           **change)
-                typical, worst = (estimate(make_model(one), one, plan(one, worst)) for worst in (False, True))
+                typical, worst = (need_of(one, worst) for worst in (False, True))
                 sizes = [need.most()[1] / GiB for need in (typical, worst)]
                 host = max(sum(need.host.values()) for need in (typical, worst)) * world_size / GiB
                 fits = ", ".join(f"{gb} GB" for gb in (24, 40, 80) if max(sizes) < gb) or "none of these"
@@ -200,7 +206,7 @@ def print_table(settings):
                 print(f"| {model.upper()} | {card.name} | {title} |" + " |" * (len(cards.PARTS) + 3))
                 continue
             work = plan(one, worst=False)
-            parts = cards.seconds(estimate(make_model(one), one, work), work, card, one)
+            parts = cards.seconds(need_of(one, worst=False), work, card, one)
             hours = sum(parts.values()) * math.ceil(one.epochs * one.rows / 8) / 3600
             print(f"| {model.upper()} | {card.name} | {title and f'`{title}`' or 'full'} | "
                   + " | ".join(f"{parts.get(part, 0):.2f}" for part in cards.PARTS)
