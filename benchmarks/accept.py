@@ -518,7 +518,6 @@ def published(place):
 def real_size(place, settings, cell):
     """On one rank -> (cards.Card as measured, tokens of the prompt, its grid, what the meter measured)."""
     small_model, processor = checkpoints.load_model(place.checkpoint(), torch.device("cpu"))
-    ids = small_model.config
     device = setup_distributed()
     processor = processor._replace(eos=processor.eos.to(device), banned=processor.banned.to(device))
     card = cards.measure(device, torch.float32 if place.small else torch.bfloat16)
@@ -527,7 +526,7 @@ def real_size(place, settings, cell):
         torch.manual_seed(0)  # the reference is the same model
         config = models.model_config(settings.model)
         for field in ("video_token_id", "image_token_id", "vision_start_token_id", "vision_end_token_id"):
-            setattr(config, field, getattr(ids, field))
+            setattr(config, field, getattr(small_model.config, field))
         with device:
             made = Qwen2_5_VLForConditionalGeneration._from_config(
                 config, dtype=torch.float32 if place.small else torch.bfloat16)
