@@ -2,7 +2,7 @@
 
     annotation row -> Sample -> task (TaskSampler, Eq. 13) -> Clip -> prompt ids, positions, patches
 
-Times are seconds. engine/annotations.py reads the files, engine/video.py decodes, and engine/prompts.py turns words and
+Times are seconds. engine/words/ reads the files, engine/video/ decodes, and engine/model/prompts.py turns words and
 frames into what Qwen2.5-VL takes.
 """
 
@@ -17,22 +17,15 @@ import torch
 from tqdm import tqdm
 
 import rewards
-from engine.annotations import (
-    WINDOWS,
-    Sample,
-    load_annotations,
-    load_demonstrations,
-    named,
-    prepare_training,
-    report_missing,
-)
-from engine.attention import Prompt
-from engine.clips import Item
-from engine.prompts import MERGE, encode_prompt, patchify, position_ids
-from engine.runtime import say
-from engine.settings import UserError, check_limits, flag
-from engine.verbs import count_coverage
-from engine.video import MAX_FRAME_PIXELS, MAX_PIXELS, MIN_FRAME_PIXELS, Clip, VideoError
+from engine.model.prompts import MERGE, Prompt, encode_prompt, patchify, position_ids
+from engine.program.ranks import say
+from engine.program.settings import UserError, check_limits, flag
+from engine.video.clips import Item
+from engine.video.frames import MAX_FRAME_PIXELS, MAX_PIXELS, MIN_FRAME_PIXELS, Clip, VideoError
+from engine.words.annotations import WINDOWS, load_annotations, load_demonstrations
+from engine.words.english import count_coverage
+from engine.words.finding import report_missing
+from engine.words.samples import Sample, named, prepare_training
 
 MAX_ATTEMPTS = 8  # draws for one slot before unreadable videos stop the run
 
@@ -41,12 +34,13 @@ MAX_ATTEMPTS = 8  # draws for one slot before unreadable videos stop the run
 
 @dataclass(frozen=True)
 class Settings:
-    """What training and evaluation have in common. Each field is a command-line option (engine/settings.py)."""
+    """What training and evaluation have in common. Each field is a command-line option (engine/program/settings.py)."""
 
     model: str = flag("Qwen/Qwen2.5-VL-3B-Instruct", "hub id, checkpoint folder, or a run's --output (its newest "
                       "checkpoint); Section 3.1")
     annotations: str = flag("data/charades_sta_train.txt", "rows to use: Charades-STA txt; Charades, ActivityNet, "
-                            "TACoS or TimeLens JSON; QVHighlights jsonl; Time-R1 or TVGBench list")
+                            "TACoS or TimeLens JSON; QVHighlights jsonl; Time-R1 or TVGBench list",
+                            unless="demonstrations")
     videos: str = flag("data/videos", "folder of the video files")
     output: str = flag("runs/invert4tvg", "folder for everything this run writes", free=True)
     windows: str = flag("each", "QVHighlights alone: each relevant window is a row; or each query, whose best window "
@@ -68,8 +62,6 @@ class Settings:
     vd_match: str = flag("all", "a VD answer must name all or any of the query's verbs (Eq. 7 leaves it open)",
                          choices=("all", "any"))
     workers: int = flag(4, "processes that decode videos ahead of the loop, on each rank", least=0, free=True)
-    clip_timeout: float = flag(600.0, "seconds after which a video that is still being decoded is an error", above=0,
-                               free=True)
     micro_batch: int = flag(1, "prompts in one forward pass on each rank", above=0, free=True)
 
     def clip_settings(self) -> dict:

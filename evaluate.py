@@ -24,11 +24,16 @@ import torch.distributed as dist
 import data
 import grpo
 import rewards
-from engine.annotations import WINDOWS
-from engine.checkpoints import find_model, fingerprint, load_model, read_run
-from engine.clips import Clips, Item, frames_in_words, read_ahead
-from engine.files import strict_json, write_text
-from engine.predictions import (
+from engine.model.loading import find_model, fingerprint, load_model
+from engine.model.prompts import completion_texts
+from engine.program.earlier import as_today, inherited
+from engine.program.files import strict_json, write_text
+from engine.program.launch import launch
+from engine.program.progress import progress
+from engine.program.ranks import say
+from engine.program.settings import UserError, flag, parse_settings
+from engine.run.checkpoints import read_run
+from engine.run.predictions import (
     claim_output,
     complete_predictions,
     format_comparison,
@@ -39,12 +44,10 @@ from engine.predictions import (
     late_rows,
     read_predictions,
 )
-from engine.progress import progress
-from engine.prompts import completion_texts
-from engine.runtime import launch, say
-from engine.settings import UserError, as_today, flag, inherited, parse_settings
-from engine.text import normalize_query
-from engine.video import read_video
+from engine.video.clips import Clips, Item, frames_in_words, read_ahead
+from engine.video.frames import read_video
+from engine.words.annotations import WINDOWS
+from engine.words.text import normalize_query
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 
@@ -170,7 +173,7 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
         size = settings.micro_batch
         batches = [[[job] for job in jobs[i:i + size]] for i in range(0, len(jobs), size)]  # one candidate each
         clips = Clips(samples, settings.clip_settings(), segments_count=False)
-        arriving = read_ahead(clips, batches, min(settings.workers, len(batches)), settings.clip_timeout)
+        arriving = read_ahead(clips, batches, min(settings.workers, len(batches)))
         scoring = settings.scoring()
         block = scoring["grounding"].format.blocks[-1]
         with open(output / f"predictions.{rank}.jsonl", "a", encoding="utf-8") as file:

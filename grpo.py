@@ -6,11 +6,11 @@ arithmetic (Eq. 3 and 4), which is plain tensors, then the two functions that ru
 
 A group shares one long video prompt, so everything up to the prompt's last token is computed once per prompt, never
 once per completion. Sampling runs the vision tower and the prompt once and lets all completions read the prompt's
-keys and values (engine/decoding.py). Training packs B groups into one row
+keys and values (engine/model/decoding.py). Training packs B groups into one row
 
     [ prompt_1 ] ... [ prompt_B ][ o_1 ][ o_2 ] ... [ o_N ]
 
-in which each o_i attends to its prompt and to itself (engine/attention.py). The result equals N separate rows
+in which each o_i attends to its prompt and to itself (engine/model/attention.py). The result equals N separate rows
 (tests/test_attention.py) for 1/G of the prompts' work.
 
 Shapes: B prompts, G completions of each, N = B * G, P prompt tokens, C completion tokens (padded on the right to the
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.attention import Prompt, embed, pack, run_language_model, visual_features
-from engine.decoding import Decoder
+from engine.model.attention import embed, pack, run_language_model, visual_features
+from engine.model.decoding import Decoder
+from engine.model.prompts import Prompt
 
 MAX_LOGITS_AT_ONCE = 2**25  # 128 MiB in float32: 220 positions of Qwen2.5-VL's vocabulary of 151,936
 

@@ -15,8 +15,7 @@ format): Verb Completion, Action Recognition or Video Description. In short, Alg
 `grpo_iteration` is these lines, `update` the last of them. --demonstrations runs a supervised stage in the same loop:
 each given completion is a group of one with advantage 1 and no KL, whose gradient is that of cross-entropy.
 
-docs/departures.md lists where this departs from the paper, and the option that restores the paper's choice. The same
-command goes on with an interrupted run.
+docs/departures.md lists the departures from the paper. The same command goes on with an interrupted run.
 """
 
 import time
@@ -31,25 +30,29 @@ import data
 import evaluate
 import grpo
 import rewards
-from engine import checkpoints
-from engine.clips import Clips, Item, read_ahead
-from engine.lora import MemorySettings, WithoutAdapters
-from engine.optimizer import clip_gradients, sharded_adamw
-from engine.parallel import data_parallel, frozen_reference
-from engine.prompts import completion_texts, encode_completions
-from engine.recovery import Saves, Saving, check_space, finite_everywhere, keep_batch
-from engine.rollouts import append_rollouts
-from engine.runtime import Log, StopSignal, combine, counted, group_metrics, launch, random_generator, say
-from engine.settings import UserError, flag, parse_settings
+from engine.model import health, loading
+from engine.model.attention import frozen_features
+from engine.model.lora import WithoutAdapters
+from engine.model.optimizer import clip_gradients, sharded_adamw
+from engine.model.parallel import data_parallel, frozen_reference
+from engine.model.prompts import completion_texts, encode_completions
+from engine.program.launch import StopSignal, launch
+from engine.program.ranks import current, random_generator, say
+from engine.program.settings import flag, parse_settings
+from engine.run.checkpoints import resume, save_checkpoint
+from engine.run.log import Log, combine, group_metrics
+from engine.run.opening import check_space, open_run
+from engine.run.rollouts import append_rollouts
+from engine.video.clips import Clips, Item, read_ahead
 
 
 @dataclass(frozen=True)
-class Config(MemorySettings, Saving, data.Settings):
-    """The settings of a training run: those of data.Settings (files, videos, formats), of memory, of saving, and these.
+class Config(data.Settings):
+    """The settings of a training run: these, and those of data.Settings (files, videos, formats).
 
     A number is above `above`, at least `least`, at most `most`. needs="x": valid only together with --x. unless="x":
-    not allowed together with --x. free: may change when a run goes on. find: looks a name up. engine/settings.py checks
-    all of this. "Released code" is the repository that the paper's authors published.
+    not allowed together with --x. free: may change when a run goes on. find: looks a name up. All this is checked by
+    engine/program/settings.py. "Released code" is the repository that the paper's authors published.
     """
 
     # the method
@@ -64,10 +67,10 @@ class Config(MemorySettings, Saving, data.Settings):
     demonstrations: str = flag("", "jsonl of {video, query, start, end, task, completion} to imitate instead of "
                                "sampling: a supervised stage (Appendix D)")
     # GRPO
-    group_size: int = flag(8, "completions sampled for a prompt, G of Eq. 3; released code", above=0,
+    group_size: int = flag(8, "completions sampled for a prompt, G of Eq. 3; released code", least=2,
                            unless="demonstrations")
     temperature: float = flag(1.0, "sampling temperature; released code", above=0, unless="demonstrations")
-    clip_epsilon: float = flag(0.2, "the ratio counts within 1 +- this; released code", least=0)
+    clip_epsilon: float = flag(0.2, "clip the ratio to 1 - this ... 1 + this; released code", least=0)
     kl_coef: float = flag(0.04, "beta of Eq. 4; 0 needs no reference model; released code", least=0,
                           unless="demonstrations")
     mu: int = flag(1, "updates on each iteration's completions; released code", above=0)
@@ -78,36 +81,37 @@ class Config(MemorySettings, Saving, data.Settings):
                      "1e-5", above=0)
     lr_schedule: str = flag("linear", "decay to 0 over the run (released code), or none",
                             choices=("linear", "constant"))
-    betas: tuple = flag((0.9, 0.999), "AdamW's; Section 3.1")
-    adam_eps: float = flag(1e-8, "AdamW's; Section 3.1", least=0)
     weight_decay: float = flag(0.0, "AdamW's; Section 3.1", least=0)
-    max_grad_norm: float = flag(1.0, "gradient clipping; released code", above=0)
     epochs: float = flag(2.0, "passes over the samples; Appendix C", above=0)
     iterations: int = flag(0, "instead of --epochs; each has --mu optimiser steps; 0: by epochs", least=0)
     accumulation: int = flag(1, "micro-batches of an iteration on each rank. Prompts of an iteration: --micro-batch "
-                             "x this x processes (the paper's batch of 4 is ambiguous)", above=0, free=True)
+                             "x this x processes (the paper's batch of 4 is ambiguous); a run may go on with another "
+                             "split of the same product", above=0, free=True)
     train_vision: bool = flag(False, "train the vision tower and merger too; released code")
+    # the memory of a card
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass; released code")
+    offload_optimizer: bool = flag(False, "keep the optimiser's state in host memory, 12 bytes a trained parameter "
+                                   "over all processes of a node; equal bit for bit, a little slower", free=True)
+    lora_rank: int = flag(0, "train adapters of this rank instead of the language model's own weights (LoRA), with a "
+                          "larger --lr; 0: the weights", least=0, unless="train_vision")
     # the run
     seed: int = flag(0, "of task draws, sample order and sampling", least=0, most=2**63 - 1)
     eval_every: int = flag(0, "iterations between evaluations on held-out samples (Figure 1, right); 0: none", least=0)
     eval_annotations: str = flag("data/charades_sta_test.txt", "held-out rows", needs="eval_every")
     eval_videos: str = flag("", "their videos; empty: --videos", needs="eval_every")
     eval_limit: int = flag(200, "held-out rows measured each time, evenly spaced; 0: all", least=0, needs="eval_every")
-
-    def check(self):
-        super().check()
-        if self.group_size < 2:
-            raise UserError("--group-size 1 leaves nothing to compare; use 2 or more.")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise UserError(f"--betas is {' '.join(map(str, self.betas))}; give two numbers from 0 to below 1.")
-        if self.demonstrations and self.annotations != Config.annotations:
-            raise UserError("--annotations has no meaning with --demonstrations; leave one of them out.")
+    save_every: int = flag(500, "iterations between checkpoints; one is written at the end in any case", above=0,
+                           free=True)
+    keep: int = flag(2, "checkpoints kept", above=0, free=True)
+    save_rollouts: int = flag(50, "iterations between those whose completions are kept in rollouts.<rank>.jsonl; 0: "
+                              "none", least=0, unless="demonstrations")
+    log_to: tuple = flag((), "show the log there too; docs/metrics.md", choices=("tensorboard", "wandb"), free=True)
 
     def reward_settings(self) -> dict:
-        """The settings of `rewards.score` with which completions are rewarded.
+        """The settings of `rewards.score` for training.
 
-        Evaluation leaves these two out, so that every model is measured by equal verbs.
+        Evaluation calls `scoring` instead, which lacks the two added here: how a model was trained must not change how
+        it is measured.
         """
         return self.scoring() | {"inversion_reward": self.inversion_reward, "vd_verb_cap": self.vd_verb_cap}
 
@@ -129,7 +133,7 @@ class Run(NamedTuple):
     model: torch.nn.Module  # the policy's Qwen2.5-VL
     policy: torch.nn.Module  # grpo.Policy(model), averaging gradients over the ranks
     reference: torch.nn.Module | None  # grpo.Policy, frozen
-    processor: checkpoints.Processor  # tokenizer, pixel statistics, ids that end a completion or are banned
+    processor: loading.Processor  # tokenizer, pixel statistics, ids that end a completion or are banned
     optimizer: torch.optim.Optimizer  # AdamW with float32 master weights, sharded over the ranks
 
 
@@ -139,7 +143,7 @@ class Batch(NamedTuple):
     prompts: list[grpo.Prompt]
     ids: torch.Tensor  # (N, C)
     mask: torch.Tensor  # (N, C)
-    features: list[torch.Tensor] | None  # the frozen tower's, shared by policy and reference; None where it is trained
+    features: list[torch.Tensor] | None  # the frozen tower's, for policy and reference; None: a trained tower runs
     advantages: torch.Tensor  # (N,)
     sampler_logps: torch.Tensor | None  # (N, C), only to measure their gap to the training pass
     ref_logps: torch.Tensor | None  # (N, C)
@@ -161,8 +165,7 @@ def grpo_iteration(run: Run, iteration: int, items: list[Item], lr: float) -> di
     samples = [run.samples[item.index] for item in items]
     prompts = [data.build_prompt(run.model, run.processor, sample, task, item.clip, config)
                for sample, item in zip(samples, items)]
-    with torch.no_grad():
-        features = grpo.visual_features(run.model, prompts)
+    features = frozen_features(run.model, prompts)
     generator = random_generator(run.model.device, config.seed, data.SAMPLING, iteration, dist.get_rank())
     rollout = grpo.sample_group(  # line 12; all prompts together, since a decoding step costs the same for one or eight
         run.model, prompts, G, config.max_new_tokens, run.processor.eos, run.processor.banned, config.temperature,
@@ -174,8 +177,9 @@ def grpo_iteration(run: Run, iteration: int, items: list[Item], lr: float) -> di
     totals = torch.tensor([s["total"] for s in scores], device=run.model.device).view(-1, G)  # (prompts, G)
     advantages = grpo.group_advantages(totals).flatten()  # Eq. 3
 
-    frozen_features = None if config.train_vision else features  # a trained tower runs inside the policy's pass
-    batches = micro_batches(run, prompts, rollout.ids, rollout.mask, frozen_features, advantages, rollout.logps)
+    if config.train_vision:
+        features = None  # the tower runs again, inside the policy's pass
+    batches = micro_batches(run, prompts, rollout.ids, rollout.mask, features, advantages, rollout.logps)
     if config.save_rollouts and iteration % config.save_rollouts == 0:
         append_rollouts(config.output, iteration, task, samples, texts, scores, rollout.ended.tolist(), batches)
     metrics = group_metrics(task, scores, G)
@@ -192,30 +196,26 @@ def supervised_iteration(run: Run, iteration: int, items: list[Item], lr: float)
                for item in items]
     texts = [run.completions[item.index] for item in items]
     ids, mask = encode_completions(run.processor.tokenizer, texts, device)
-    features = None
-    if not run.config.train_vision:
-        with torch.no_grad():
-            features = grpo.visual_features(run.model, prompts)
+    features = None if run.config.train_vision else frozen_features(run.model, prompts)
     batches = micro_batches(run, prompts, ids, mask, features, torch.ones(len(ids), device=device))
-    rollout_seconds = time.perf_counter() - began
-    return update(run, batches, lr) | {"rollout_seconds": rollout_seconds}
+    return {"rollout_seconds": time.perf_counter() - began} | update(run, batches, lr)
 
 
 def micro_batches(run, prompts, ids, mask, features, advantages, sampler_logps=None) -> list[Batch]:
-    """Cut an iteration into batches of --micro-batch prompts, each as wide as its longest completion."""
+    """Cut an iteration into batches of --micro-batch prompts, and ask the reference about each.
+
+    A batch is only as wide as its longest completion.
+    """
     G = len(ids) // len(prompts)
     batches = []
     for first in range(0, len(prompts), run.config.micro_batch):
-        chosen = slice(first, first + run.config.micro_batch)
-        rows = slice(chosen.start * G, chosen.stop * G)
+        last = first + run.config.micro_batch
+        rows = slice(first * G, last * G)  # of its completions
         width = int(mask[rows].sum(dim=1).max())
-        inputs = (prompts[chosen], ids[rows, :width], mask[rows, :width], features[chosen] if features else None)
-        ref_logps = None
-        if run.reference:
-            with torch.no_grad():
-                ref_logps, _ = run.reference(*inputs)
+        inputs = (prompts[first:last], ids[rows, :width], mask[rows, :width], features and features[first:last])
+        ref_logps = run.reference(*inputs)[0] if run.reference else None
         recorded = None if sampler_logps is None else sampler_logps[rows, :width]
-        batches.append(Batch(*inputs, advantages[rows], recorded, ref_logps))
+        batches.append(Batch(*inputs, advantages=advantages[rows], sampler_logps=recorded, ref_logps=ref_logps))
     return batches
 
 
@@ -228,16 +228,17 @@ def update(run: Run, batches: list[Batch], lr: float) -> dict[str, float]:
     """
     config = run.config
     all_tokens = torch.tensor(float(sum(batch.mask.sum() for batch in batches)), device=run.model.device)
-    dist.all_reduce(all_tokens)
+    dist.all_reduce(all_tokens)  # of all batches on all ranks
     old_logps = [None] * len(batches)
     metrics = []
     run.policy.train()
     for step in range(config.mu):
+        losses = []
         for i, batch in enumerate(batches):
-            share = 1 / len(batches)
+            share = 1 / len(batches)  # of the iteration's loss
             if config.loss_reduction == "token":
-                # Of all batches b on all W ranks, with sum S_b over T_b tokens, sum(S_b) / all_tokens is wanted. The
-                # loss is S_b / T_b, and DDP divides by W.
+                # The loss is a mean over this batch's tokens, and one over all tokens is wanted: a batch counts by its
+                # share of them. DDP divides by the number of ranks, so it is multiplied by that first.
                 share = float(batch.mask.sum() / all_tokens) * dist.get_world_size()
             is_last = i == len(batches) - 1
             with nullcontext() if is_last else run.policy.no_sync():  # ranks average once, in the last backward pass
@@ -247,6 +248,7 @@ def update(run: Run, batches: list[Batch], lr: float) -> dict[str, float]:
                 loss, values = grpo.grpo_loss(logps, old_logps[i], batch.ref_logps, batch.advantages, batch.mask,
                                               config.clip_epsilon, config.kl_coef, config.loss_reduction)
                 (loss * share).backward()  # lines 9, 14
+            losses.append(loss.item())
             values["loss"] = loss.item()
             values["entropy"] = entropy[batch.mask].mean().item()
             values["length"] = batch.mask.sum(dim=1).float().mean().item()
@@ -257,66 +259,62 @@ def update(run: Run, batches: list[Batch], lr: float) -> dict[str, float]:
                 values["sampler_gap_mean"] = gap.mean().item()
                 values["sampler_gap_max"] = gap.max().item()
             metrics.append(values)
-        norm = clip_gradients(run.model.parameters(), config.max_grad_norm)
-        losses = [values["loss"] for values in metrics[-len(batches):]]
-        finite = finite_everywhere([norm, *losses], norm.device)  # else all ranks leave the step out and count it
-        if finite:
-            run.optimizer.param_groups[0]["lr"] = lr
+        norm = clip_gradients(run.model.parameters(), max_norm=1.0)  # released code
+        is_finite = health.finite_on_all_ranks([norm, *losses], norm.device)
+        if is_finite:  # else every rank leaves the step out
+            run.optimizer.param_groups[0]["lr"] = lr  # its only group
             run.optimizer.step()  # line 16
-        else:
-            keep_batch(config.output, batches)
-        run.optimizer.zero_grad(set_to_none=False)  # the gradients are views of DDP's buckets; None would force a copy
-        metrics.append({"grad_norm": norm.item(), "skipped": float(not finite)})
-    return combine(metrics)
+        run.optimizer.zero_grad(set_to_none=False)  # DDP has the gradients' memory, and would have to copy new ones
+        metrics.append({"grad_norm": norm.item(), "skipped": float(not is_finite)})
+    return combine(metrics)  # a mean over those of the dictionaries that have a name
 
 
 # ------------------------------------------------------------------------------------------------ around it
 
 
-def make_run(config, device, samples, completions, sampler, folder, start) -> Run:
-    """Load the policy from one folder, its frozen reference from another, and make the optimiser."""
-    model, processor = checkpoints.load_for_training(config, folder, start, device)
+def make_run(config, device, opening, sampler) -> Run:
+    """Load the policy and its frozen reference, which is the policy as the run began, and make the optimiser."""
+    model, processor = loading.load_for_training(config, opening.weights, opening.base, device)
     policy = grpo.Policy(model, processor.banned, config.temperature)
     reference = None
-    if config.kl_coef and not completions and config.lora_rank:
+    if config.kl_coef and not config.demonstrations and config.lora_rank:
         reference = WithoutAdapters(policy)
-    elif config.kl_coef and not completions:
-        original, _ = checkpoints.load_model(start, device)
-        reference = frozen_reference(grpo.Policy(original, processor.banned, config.temperature), config.train_vision)
+    elif config.kl_coef and not config.demonstrations:
+        base_model, _ = loading.load_model(opening.base, device)
+        base_policy = grpo.Policy(base_model, processor.banned, config.temperature)
+        reference = frozen_reference(base_policy, keep_tower=config.train_vision)
     optimizer = sharded_adamw(model, config)
-    return Run(config, samples, completions, sampler, model, data_parallel(policy), reference, processor, optimizer)
+    return Run(config, opening.samples, opening.completions, sampler, model, data_parallel(policy), reference,
+               processor, optimizer)
 
 
 def train(config: Config, device: torch.device):
     """A whole run: Algorithm 1 or a supervised stage, with checkpoints, evaluation and a log around it."""
     prompts_per_iteration = config.micro_batch * config.accumulation * dist.get_world_size()
-    resume_from, finished = checkpoints.find_run(config, prompts_per_iteration)  # refuses another run's folder
-    if finished:
-        say(f"{config.output} is finished: {resume_from}")
+    load = data.load_imitated if config.demonstrations else data.load_training
+    opening = open_run(config, prompts_per_iteration, load)
+    if opening is None:  # this run is finished
         return
-    samples, completions, tasks = data.load_imitated(config) if config.demonstrations else data.load_training(config)
     held_out = []
     if config.eval_every:
         held_out = data.load_samples(config, config.eval_annotations, config.eval_videos, "--eval-annotations", "best")
-    origin = checkpoints.note_origin(config, resume_from, samples, completions, tasks)
-    sampler = data.make_sampler(config, samples, prompts_per_iteration, dist.get_rank(), dist.get_world_size())
+    sampler = data.make_sampler(config, opening.samples, prompts_per_iteration, dist.get_rank(), dist.get_world_size())
     total = sampler.iterations
-    checkpoints.start_output(config, resume_from)
-    say(f"model: {resume_from or origin['start']}")
-    run = make_run(config, device, samples, completions, sampler, resume_from or origin["start"], origin["start"])
+    run = make_run(config, device, opening, sampler)
     check_space(config.output, run.model)
-    start = checkpoints.resume(resume_from, run.model, run.optimizer)
+    first = resume(opening.checkpoint, run.model, run.optimizer)  # 0 where there is nothing to go on with
 
-    # What each iteration needs on this rank: for every slot, a prompt's place in it, the samples to try until a video
-    # can be read.
-    wanted = ([sampler.candidates(k, slot, tasks) for slot in sampler.slots] for k in range(start, total))
-    arriving = read_ahead(Clips(samples, config.clip_settings()), wanted, config.workers, config.clip_timeout)
-    log = Log(config, start, total)
+    # For each iteration and each of this rank's prompts in it: the samples to try until a video can be read.
+    wanted = ([sampler.candidates(k, slot, opening.tasks) for slot in sampler.slots] for k in range(first, total))
+    arriving = read_ahead(Clips(opening.samples, config.clip_settings()), wanted, config.workers)
+    log = Log(config, first, total)
     stop = StopSignal()
-    saves = Saves(config, total, device)
-    step = supervised_iteration if completions else grpo_iteration
+    step = supervised_iteration if config.demonstrations else grpo_iteration
+    skipped = 0  # iterations in a row whose step was left out
+    save_is_due = False
 
-    for iteration in counted(start, total):
+    for iteration in range(first, total):
+        current.iteration = iteration  # for the words of an error
         if config.eval_every and iteration % config.eval_every == 0:
             evaluate.measure(run.model, run.processor, held_out, config, iteration, log)
         began = time.perf_counter()
@@ -326,21 +324,24 @@ def train(config: Config, device: torch.device):
 
         lr = config.learning_rate(iteration, total)
         metrics = step(run, iteration, items, lr)
-        checkpoints.check_first_kl(config, iteration, metrics)
+        health.check_first_kl(config, iteration, metrics)
         metrics |= {"lr": lr, "redrawn": redrawn, "wait_seconds": wait_seconds, "seconds": time.perf_counter() - began}
-        log.write(iteration, "sft" if completions else sampler.task(iteration), metrics)
+        log.write(iteration, "sft" if config.demonstrations else sampler.task(iteration), metrics)
+        skipped = health.count_skipped(skipped, metrics)  # ends the run at the tenth in a row
 
-        stopping = stop.on_any_rank(device)
         done = iteration + 1
-        if saves.are_due(done, metrics, stopping):
-            progress = {"iteration": done, "iterations": total, "prompts": prompts_per_iteration} | origin
-            checkpoints.save_checkpoint(config, progress, run.model, run.processor, run.optimizer)
+        stopping = stop.on_any_rank(device)
+        save_is_due |= done % config.save_every == 0
+        if stopping or done == total or save_is_due and not skipped:  # after a step that was left out it waits
+            progress = {"iteration": done, "iterations": total, "prompts": prompts_per_iteration} | opening.origin
+            save_checkpoint(config, progress, run.model, run.processor, run.optimizer)
+            save_is_due = False
         if stopping and done < total:
             say(f"stopped after iteration {done} of {total}; the same command goes on from {config.output}.")
             raise KeyboardInterrupt  # `launch` exits with status 130: a script must not take this for the end
     if config.eval_every:
         evaluate.measure(run.model, run.processor, held_out, config, total, log)
-    say(f"done: the model is in {checkpoints.newest_checkpoint(config.output)}; evaluate.py --model {config.output} "
+    say(f"done: the model is in {loading.newest_checkpoint(config.output)}; evaluate.py --model {config.output} "
         "measures it.")
 
 

@@ -8,7 +8,8 @@
 In this order: the rewards, the table of tasks, the one parser of completions. Each task adds a format reward (Eq. 9).
 
 Verbs are compared as roots: "closes" and "closed" have the root "close". SpaCy(.) in the paper is `root` here, and
-engine/verbs.py shows how spaCy finds `verbs`, their `root`, and the query with its verbs blanked out (`mask_verbs`).
+engine/words/verbs.py shows how spaCy finds `verbs`, their `root`, and the query with its verbs blanked out
+(`mask_verbs`).
 
 This file knows text, not tensors. No text that a model writes raises an error, and the work per answer is bounded:
 patterns run in linear time, and at most 100 words reach spaCy.
@@ -21,8 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.settings import look_up
-from engine.verbs import cosine_similarity, fill_blanks, looks_english, mask_queries, mask_verbs, root, verbs
+from engine.program.lookup import look_up
+from engine.words.english import looks_english
+from engine.words.verbs import cosine_similarity, fill_blanks, mask_queries, mask_verbs, root, verbs
 
 Span = tuple[float, float]  # start and end in seconds
 

@@ -44,13 +44,14 @@ from benchmarks.meter import Meter, measured_iterations
 from benchmarks.ranks import end, finish, start
 from benchmarks.stages import VERDICTS, Check, Stage, at_most, cell_text, equal, run_stage, table
 from demo import make_demo
-from engine import checkpoints, decoding
-from engine.attention import attend_to_allowed, install_attention
-from engine.optimizer import MasterAdamW, sharded_adamw
-from engine.parallel import data_parallel
-from engine.predictions import read_predictions
-from engine.runtime import gather, launch, setup_distributed
-from engine.settings import command_line
+from engine.model import decoding, loading
+from engine.model.attention import attend_to_allowed, install_attention
+from engine.model.optimizer import MasterAdamW, sharded_adamw
+from engine.model.parallel import data_parallel
+from engine.program.launch import launch, setup_distributed
+from engine.program.ranks import gather
+from engine.program.settings import command_line
+from engine.run.predictions import read_predictions
 
 BUDGET = 540  # seconds in all
 GAP = {torch.bfloat16: 0.05, torch.float32: 1e-4}  # of a log-probability in sampling and in the packed pass
@@ -186,7 +187,7 @@ def kernels(place):
     expected = weights @ v.double().repeat_interleave(heads // kv_heads, 1)
     yield at_most("packed attention, error", (found - expected).abs().max().item(), 0.02 if not place.small else 1e-5,
                   "values of up to 4 in bfloat16 have steps of 1/64; float32: rounding")
-    install_attention(checkpoints.load_model(place.checkpoint(), place.device)[0])  # switches cuDNN's attention off
+    install_attention(loading.load_model(place.checkpoint(), place.device)[0])  # switches cuDNN's attention off
     for name, (q, k, options) in {
         "tower, whole frames": (noise(8, 16, 448, 80), noise(8, 16, 448, 80), {}),
         "tower, windows": (noise(112, 16, 64, 80), noise(112, 16, 64, 80),
@@ -209,12 +210,12 @@ class Tiny(NamedTuple):
     """The 5M model with prompts of other lengths."""
 
     model: torch.nn.Module
-    processor: checkpoints.Processor
+    processor: loading.Processor
     prompts: list
 
     @classmethod
     def at(cls, place):
-        model, processor = checkpoints.load_model(place.checkpoint(), place.device)
+        model, processor = loading.load_model(place.checkpoint(), place.device)
         model.model.visual.requires_grad_(False)
         return cls(model, processor, [make_prompt(model, processor, tokens) for tokens in (200, 264)])
 
@@ -517,7 +518,7 @@ def published(place):
 
 def real_size(place, settings, cell):
     """On one rank -> (cards.Card as measured, tokens of the prompt, its grid, what the meter measured)."""
-    small_model, processor = checkpoints.load_model(place.checkpoint(), torch.device("cpu"))
+    small_model, processor = loading.load_model(place.checkpoint(), torch.device("cpu"))
     device = setup_distributed()
     processor = processor._replace(eos=processor.eos.to(device), banned=processor.banned.to(device))
     card = cards.measure(device, torch.float32 if place.small else torch.bfloat16)
@@ -535,7 +536,7 @@ def real_size(place, settings, cell):
 
     meter = Meter(device)
     with nullcontext() if place.compiles else uncompiled(graph=True):
-        with mock.patch.object(checkpoints, "load_model", random_model):
+        with mock.patch.object(loading, "load_model", random_model):
             meter.rest()
             prompt, measured = measured_iterations(settings, cell, meter, device)
     if not place.small:

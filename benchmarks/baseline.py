@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.models import PIXELS
-from engine.checkpoints import load_model
+from engine.model.loading import load_model
 
 
 class Repeated:
@@ -54,7 +54,7 @@ class Repeated:
 
 
 def load_unchanged(folder, device):
-    """-> the checkpoint's model as transformers has it, without engine/attention.py."""
+    """-> the checkpoint's model as transformers has it, without engine/model/attention.py."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     return model.to(device)

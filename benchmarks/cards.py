@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.settings import UserError
+from engine.program.settings import UserError
 
 REACHED = 0.6  # of bandwidth and arithmetic: the goal of benchmarks/accept.py, whose table says what a card reaches
 PARTS = ("tower and prompt", "decoding", "reference", "policy", "optimiser")

@@ -26,10 +26,11 @@ import numpy as np
 import torch
 
 from data import TaskSampler
-from engine.annotations import Sample
-from engine.clips import Clips, read_ahead
-from engine.settings import command_line
-from engine.video import read_video, video_duration
+from engine.program.settings import command_line
+from engine.video.clips import Clips, read_ahead
+from engine.video.frames import read_video
+from engine.video.stream import video_duration
+from engine.words.samples import Sample
 
 SEGMENTS = (2.5, 5, 10, 20, 40)  # seconds
 

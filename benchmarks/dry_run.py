@@ -27,13 +27,13 @@ from transformers import modeling_utils
 
 import grpo
 from benchmarks.models import meta_model, model_config
-from engine.attention import Prefill, Prompt, visual_features
-from engine.checkpoints import recompute_activations
-from engine.decoding import Cached
-from engine.lora import add_adapters, switched_off
-from engine.optimizer import MasterAdamW
-from engine.prompts import MERGE, PATCH, TEMPORAL
-from engine.video import SIDE
+from engine.model.attention import Prefill, visual_features
+from engine.model.decoding import Cached
+from engine.model.loading import recompute_activations
+from engine.model.lora import add_adapters, switched_off
+from engine.model.optimizer import MasterAdamW
+from engine.model.prompts import MERGE, PATCH, TEMPORAL, Prompt
+from engine.video.frames import SIDE
 
 GiB = 2**30
 END = 1  # the id that ends a completion here
@@ -47,7 +47,7 @@ def make_model(settings, dtype=torch.bfloat16):
     """The model of a run on the meta device, with its adapters."""
     model = meta_model(model_config(settings.model), dtype)
     if settings.lora_rank:
-        add_adapters(model, settings)
+        add_adapters(model, settings.lora_rank, settings.seed)
     return model
 
 
@@ -326,8 +326,8 @@ def make_prompts(model, work, count):
 def reference_memory(model, settings):
     """-> bytes of (the reference on a rank, what its pass gathers from the others besides).
 
-    Formulas, for engine/parallel.py: a rank gathers what belongs to no layer for the whole pass, and of the layers the
-    one that runs, the buffer that it arrived in, and the next one's.
+    Formulas, for engine/model/parallel.py: a rank gathers what belongs to no layer for the whole pass, and of the
+    layers the one that runs, the buffer that it arrived in, and the next one's.
     """
     if settings.lora_rank or not uses_reference(settings):
         return 0, 0

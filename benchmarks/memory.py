@@ -14,8 +14,8 @@ what is not counted. GiB are 2**30 bytes of tensors.
 
 "typical" has completions of --typical-tokens on average, from half to one and a half times that; "worst" has all of
 them cut off at --max-new-tokens. The cache has room for --max-new-tokens in both. The prompt is the pixel budget's
-visual tokens and --text-tokens. The rare video of more than 224 s exceeds that budget (engine.video.fit_size) and this
-estimate.
+visual tokens and --text-tokens. The rare video of more than 224 s exceeds that budget, and this estimate
+(engine.video.frames.fit_size).
 
 Seconds are a lower bound: of each part the operations over the card's rate of bfloat16 products, or the bytes that they
 read over its bandwidth, whichever takes longer (benchmarks/cards.py).
@@ -37,10 +37,11 @@ import invert4tvg
 from benchmarks import cards, models
 from benchmarks.dry_run import OUTSIDE, PHASES, ROWS, GiB, Work, cpu_attention, estimate, make_model, plan
 from benchmarks.meter import Meter, measured_iterations
-from engine.annotations import load_annotations, prepare_training
-from engine.prompts import MERGE
-from engine.runtime import setup_distributed
-from engine.settings import UserError, flag, parse_settings
+from engine.model.prompts import MERGE
+from engine.program.launch import setup_distributed
+from engine.program.settings import UserError, flag, parse_settings
+from engine.words.annotations import load_annotations
+from engine.words.samples import prepare_training
 
 LEFT_OUT = """Left out of the GPU: what the caching allocator reserves but cannot use, workspaces of recorded graphs,
 and a prefix sum that masked_scatter makes early in a pass, 8 bytes a number of the embeddings. Left out of the host:

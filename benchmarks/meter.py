@@ -11,7 +11,7 @@ import torch
 import grpo
 import invert4tvg
 from benchmarks import models
-from engine.attention import visual_features
+from engine.model.attention import visual_features
 
 
 class Meter:

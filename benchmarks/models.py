@@ -15,11 +15,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from engine.attention import Prompt, install_attention
-from engine.checkpoints import newest_checkpoint
-from engine.prompts import MERGE, encode_prompt, patchify, position_ids
-from engine.settings import UserError
-from engine.video import SIDE
+from engine.model.attention import install_attention
+from engine.model.loading import newest_checkpoint
+from engine.model.prompts import MERGE, Prompt, encode_prompt, patchify, position_ids
+from engine.program.settings import UserError
+from engine.video.frames import SIDE
 
 FPS = 2.0
 PIXELS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}

@@ -40,10 +40,10 @@ import grpo
 from benchmarks import baseline, models
 from benchmarks.meter import Meter
 from benchmarks.models import PUBLISHED, SIZES, Cell
-from engine.attention import visual_features
-from engine.checkpoints import load_model, recompute_activations
-from engine.optimizer import MasterAdamW
-from engine.settings import command_line
+from engine.model.attention import visual_features
+from engine.model.loading import load_model, recompute_activations
+from engine.model.optimizer import MasterAdamW
+from engine.program.settings import command_line
 
 PHASES = {"sampling": "sampling", "reference": "reference pass", "policy": "policy, forward + backward",
           "step": "whole step"}

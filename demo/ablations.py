@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from demo.measured import LISTS, MEASURED, METRICS, RARE, T, collect, differences, interval, read_rows, spread
-from engine.settings import command_line
+from engine.program.settings import command_line
 
 COLUMNS = {"hacking": ("VD", "VD, rare", *LISTS)}  # of a sweep's tables; METRICS and RARE where it is not named
 COMPARED = {"hacking": ("VD", "VD lists")}  # what is compared with the base run; R1@0.7 and mIoU elsewhere

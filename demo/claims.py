@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from demo.measured import NAMED, TRAINING, bounds, differences, interval, read_rows
-from engine.settings import command_line
+from engine.program.settings import command_line
 
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "claims"})  # the same file each time
 ROOT = Path(__file__).parents[1]

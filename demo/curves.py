@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from engine.settings import command_line
+from engine.program.settings import command_line
 
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "demo" / "logs"

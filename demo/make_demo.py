@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from demo.videos import write_video
-from engine.progress import progress
-from engine.settings import command_line, print_any_name
-from engine.workers import begin_worker
+from engine.program.progress import progress
+from engine.program.settings import command_line, print_any_name
+from engine.video.workers import begin_worker
 
 RARE_VERBS = ("sliding", "falling", "shrinking", "spinning")
 RARE_SHARE = 0.05  # of their samples that the warm start shows

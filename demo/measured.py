@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from demo.make_demo import RARE_VERBS
-from engine.predictions import read_predictions
+from engine.run.predictions import read_predictions
 
 METRICS = ("R1@0.3", "R1@0.5", "R1@0.7", "mIoU", "VC", "AR", "VD")
 RARE = ("mIoU, rare", "VC, rare", "AR, rare", "VD, rare")  # the queries whose verb is rare in the warm start

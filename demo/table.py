@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from engine.settings import command_line
+from engine.program.settings import command_line
 
 ROWS = {
     "warm": "warm start (supervised, short on purpose)",

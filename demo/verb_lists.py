@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from demo.videos import VERBS
-from engine.settings import command_line
+from engine.program.settings import command_line
 
 
 def main(folder):

@@ -3,7 +3,7 @@
 import sys
 from importlib.metadata import version
 
-OLDEST, NEWEST = (5, 0), (5, 24)  # of transformers: engine/attention.py and engine/checkpoints.py rely on its insides
+OLDEST, NEWEST = (5, 0), (5, 24)  # of transformers, on whose insides engine/model/ relies
 
 _found = version("transformers")
 if not OLDEST <= tuple(int(part) for part in _found.split(".")[:2]) <= NEWEST:

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.predictions import read_predictions
-from engine.settings import UserError, command_line
+from engine.program.settings import UserError, command_line
+from engine.run.predictions import read_predictions
 from evaluate import THRESHOLDS
 from rewards import Span, temporal_iou
 

@@ -23,9 +23,10 @@ import numpy as np
 
 import papers.rewards
 import rewards
-from engine.annotations import demonstration_row, excerpt_fields, load_annotations, load_demonstrations
-from engine.predictions import read_predictions
-from engine.settings import UserError, command_line, print_any_name
+from engine.program.settings import UserError, command_line, print_any_name
+from engine.run.predictions import read_predictions
+from engine.words.annotations import load_annotations, load_demonstrations
+from engine.words.samples import demonstration_row, excerpt_fields
 from evaluate import evenly_spaced
 from papers.rewards import ANCHORS_WANTED, parse_anchors
 

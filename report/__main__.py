@@ -12,8 +12,8 @@ import time
 import webbrowser
 from pathlib import Path
 
-from engine.settings import UserError, command_line
-from engine.video import VideoError
+from engine.program.settings import UserError, command_line
+from engine.video.frames import VideoError
 
 MAX_RUNS = 6  # as many as there are colours
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 import rewards
-from engine.annotations import load_annotations
-from engine.settings import UserError
-from engine.video import video_duration
+from engine.program.settings import UserError
+from engine.video.stream import video_duration
+from engine.words.annotations import load_annotations
 from evaluate import THRESHOLDS, paired_bootstrap
 from report.runs import row_of
 

@@ -6,10 +6,10 @@ import torch
 
 import rewards
 from data import Sample
-from engine.checkpoints import load_model
-from engine.clips import Item
-from engine.text import normalize_query
-from engine.video import read_video
+from engine.model.loading import load_model
+from engine.video.clips import Item
+from engine.video.frames import read_video
+from engine.words.text import normalize_query
 from evaluate import EvalSettings, answer, trained_with
 from report.runs import Evaluation
 

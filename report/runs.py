@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.checkpoints import fingerprint, newest_checkpoint
-from engine.files import iteration_of
-from engine.predictions import read_predictions
-from engine.settings import UserError
+from engine.model.loading import fingerprint, newest_checkpoint
+from engine.program.files import iteration_of
+from engine.program.settings import UserError
+from engine.run.predictions import read_predictions
 
 MAX_ITERATIONS = 60  # whose completions are read, evenly spaced over those that the run kept
 

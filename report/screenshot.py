@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from engine.settings import command_line
+from engine.program.settings import command_line
 
 HEIGHT = 1300
 VIEWS = (("curves", 1100, 1), ("rollouts", 500, 0), ("strips", 500, 0))  # section of the page, width, light or dark

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 import rewards
-from engine.video import VideoError, read_video, video_duration
+from engine.video.frames import VideoError, read_video
+from engine.video.stream import video_duration
 from papers.rewards import parse_anchors
 from report.analysis import changed_rows, grounding
 from report.runs import row_of

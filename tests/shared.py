@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.settings import parse_settings  # before transformers: engine says which versions work
+from engine.program.settings import parse_settings  # before transformers: engine says which versions work
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact comparisons: float32 on the CPU, wherever the tests run
 os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too: waiting threads make a busy machine crawl
@@ -30,15 +30,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import engine.verbs
+import engine.words.verbs
 import evaluate
 import grpo
 import invert4tvg
 import rewards
-from engine.attention import Prompt, install_attention
-from engine.checkpoints import load_model, newest_checkpoint
-from engine.prompts import encode_prompt, patchify, position_ids
-from engine.runtime import launch, setup_distributed
+from engine.model.attention import install_attention
+from engine.model.loading import load_model, newest_checkpoint
+from engine.model.prompts import Prompt, encode_prompt, patchify, position_ids
+from engine.program.launch import launch, setup_distributed
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,13 +152,13 @@ def banned(tokenizer):
 def tagged(monkeypatch):
     """The texts that reach spaCy's pipeline during a test."""
     seen = []
-    tag_words = engine.verbs.tag_words
+    tag_words = engine.words.verbs.tag_words
 
     def spy(texts):
         seen.extend(texts)
         return tag_words(texts)
 
-    monkeypatch.setattr(engine.verbs, "tag_words", spy)
+    monkeypatch.setattr(engine.words.verbs, "tag_words", spy)
     rewards.described_verbs.cache_clear()
     return seen
 

@@ -1,4 +1,4 @@
-"""engine/annotations.py: rows copied from the real annotation files with their defects; demonstrations and rollouts."""
+"""engine/words/: rows copied from the real annotation files with their defects; demonstrations and rollouts."""
 
 import json
 import math
@@ -11,21 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shared import write_lines, write_video
 
-from engine.annotations import (
-    VIDEO_SUFFIXES,
-    Demonstration,
-    Sample,
-    _name_parts,
-    _video_finder,
-    demonstration_row,
-    load_annotations,
-    load_demonstrations,
-    missing_videos,
-    named,
-    prepare_training,
-)
-from engine.text import normalize_query
-from engine.video import video_duration
+from engine.video.stream import video_duration
+from engine.words.annotations import load_annotations, load_demonstrations
+from engine.words.finding import VIDEO_SUFFIXES, _name_parts, _video_finder, missing_videos
+from engine.words.samples import Demonstration, Sample, demonstration_row, named, prepare_training
+from engine.words.text import normalize_query
 
 ROWS = Path(__file__).parent / "data"
 TASKS = ("tvg", "vc", "ar", "vd")

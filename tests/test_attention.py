@@ -1,4 +1,4 @@
-"""engine/attention.py and engine/decoding.py: the shared prompt against the repeated one in the library's model."""
+"""engine/model/attention.py and decoding.py: the shared prompt against the repeated one in the library's model."""
 
 import math
 
@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from shared import make_prompt, tiny_model, token_ids
 
 import grpo
-from engine.attention import Prompt, embed, install_attention, pack, pack_prompts, run_language_model, visual_features
-from engine.checkpoints import recompute_activations
-from engine.decoding import Cached, Decoder, advance, run_layer, working
+from engine.model.attention import embed, install_attention, pack, pack_prompts, run_language_model, visual_features
+from engine.model.decoding import Cached, Decoder, advance, run_layer, working
+from engine.model.loading import recompute_activations
+from engine.model.prompts import Prompt
 
 LENGTHS = [20, 1, 7, 20, 3, 13, 2, 1]  # of four completions of each of two prompts
 
@@ -47,7 +48,7 @@ def library_logps(model, prompt, completion, banned, temperature=1.0):
 
 
 def test_the_row_and_its_parts_by_hand():
-    # The example of engine/attention.py: prompts "abc" and "de", completions "x" and "yz" of one prompt each.
+    # The example of engine/model/attention.py: prompts "abc" and "de", completions "x" and "yz" of one prompt each.
     prompts = [Prompt(torch.arange(n), torch.arange(n).expand(3, n) + 10 * n, None, None) for n in (3, 2)]
     mask = torch.tensor([[True, False], [True, True]])
     attention, positions, predictor = pack(prompts, mask)

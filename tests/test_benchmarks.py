@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import cards, dry_run, memory, models
-from engine.settings import UserError, parse_settings
+from engine.program.settings import UserError, parse_settings
 
 GiB = 2**30
 

@@ -9,7 +9,7 @@ import torch
 from shared import log_of, states_of, train
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from engine.checkpoints import load_model, newest_checkpoint
+from engine.model.loading import load_model, newest_checkpoint
 
 
 @pytest.fixture()

@@ -1,4 +1,4 @@
-"""engine/checkpoints.py: models that cannot be loaded, runs that go on, and runs that are refused."""
+"""engine/model/loading.py: models that cannot be loaded, runs that go on, and runs that are refused."""
 
 import dataclasses
 import json
@@ -12,12 +12,14 @@ from shared import log_of, refusal, timeless_log_of, train, weights_of, write_sh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import invert4tvg
-from engine import checkpoints
-from engine.annotations import Sample
-from engine.checkpoints import load_model, load_optimizer, newest_checkpoint, note_origin
-from engine.optimizer import MasterAdamW
-from engine.runtime import StopSignal
-from engine.settings import changed_options
+from engine.model import loading
+from engine.model.loading import load_model, newest_checkpoint
+from engine.model.optimizer import MasterAdamW
+from engine.program.earlier import changed_options
+from engine.program.launch import StopSignal
+from engine.run.checkpoints import load_optimizer
+from engine.run.opening import note_origin
+from engine.words.samples import Sample
 
 CPU = torch.device("cpu")
 
@@ -93,7 +95,7 @@ def test_a_finished_run_is_left_as_it_is_and_loads_no_model(config, monkeypatch,
         patch.setattr(StopSignal, "on_any_rank", lambda self, device: True)  # in the last iteration: that is the end
         train(config, **changes)
     log = (Path(config.output) / "metrics.jsonl").read_text()
-    monkeypatch.setattr(checkpoints, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     monkeypatch.setattr(invert4tvg.data, "load_training", None)
     capsys.readouterr()
     train(config, **changes)
@@ -121,8 +123,8 @@ def test_a_run_that_only_lacks_its_last_evaluation_makes_it(config, has_metrics,
 def test_a_changed_option_is_refused_and_named(config, capsys):
     train(config, iterations=1)
     written = (Path(config.output) / "metrics.jsonl").read_text()
-    message = refusal(capsys, config, iterations=1, lr=1e-2, betas=(0.9, 0.99))
-    assert "another --lr, --betas;" in message and config.output in message
+    message = refusal(capsys, config, iterations=1, lr=1e-2, weight_decay=0.1)
+    assert "another --lr, --weight-decay;" in message and config.output in message
     assert "--iterations" in refusal(capsys, config, iterations=2)
     assert "number of prompts an iteration (3, not 2:" in refusal(capsys, config, iterations=1, accumulation=3)
     assert (Path(config.output) / "metrics.jsonl").read_text() == written

@@ -1,4 +1,4 @@
-"""engine/clips.py: what workers decode, under every way of starting them, and what happens when one is lost."""
+"""engine/video/clips.py: what workers decode, under every way of starting them, and what happens when one is lost."""
 
 import functools
 import multiprocessing
@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from shared import ROOT, TEN_HZ, measure, shown, train, weights_of, write_video
 
 from data import Sample, TaskSampler
-from engine import clips
-from engine.clips import Clips, read_ahead, read_clip
-from engine.predictions import read_predictions
-from engine.settings import UserError
-from engine.video import VideoError
+from engine.program.settings import UserError
+from engine.run.predictions import read_predictions
+from engine.video import clips
+from engine.video.clips import Clips, read_ahead, read_clip
+from engine.video.frames import VideoError
 from evaluate import EvalSettings
 from rewards import INVERSIONS
 
@@ -100,7 +100,7 @@ def test_clips_come_in_order_and_the_same_however_workers_are_started(mixed, mon
     monkeypatch.setattr(clips, "_start_method", lambda: method)
     draw = TaskSampler(8, {"vc": [True] * 8}, prompts=2, p=0.5)
     batches = [[draw.candidates(k, slot) for slot in draw.slots] for k in range(4)]
-    found = list(read_ahead(Clips(mixed, {}), iter(batches), workers, 600))
+    found = list(read_ahead(Clips(mixed, {}), iter(batches), workers))
     expected = [[Clips(mixed, {})[candidates] for candidates in batch] for batch in batches]
     for items, others in zip(found, expected, strict=True):
         for item, other in zip(items, others, strict=True):
@@ -141,18 +141,18 @@ def test_the_demos_data_is_the_same_however_its_workers_are_started(monkeypatch,
 
 
 def test_what_a_spawned_worker_imports_is_small_and_not_the_main_script(tmp_path):
-    # The script says so whenever it is imported; its worker imports engine.clips alone.
+    # The script says so whenever it is imported; its worker imports engine.video.clips alone.
     write_video(tmp_path / "a.mp4", TEN_HZ[:10])
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(f"""
         print("imported")
         import sys
-        from engine import clips
-        from engine.annotations import Sample
+        from engine.video import clips
+        from engine.words.samples import Sample
         print(*{{"spacy", "transformers", "rewards", "data", "grpo"}} & sys.modules.keys())
         clips._start_method = lambda: "spawn"
         samples = [Sample({str(tmp_path / "a.mp4")!r}, "q", 0.0, 0.5)]
-        for items in clips.read_ahead(clips.Clips(samples, {{}}), [[[(0, "tvg")]]] * 3, 1, 60):
+        for items in clips.read_ahead(clips.Clips(samples, {{}}), [[[(0, "tvg")]]] * 3, 1):
             print(items[0].index)
     """))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True,
@@ -166,13 +166,14 @@ def test_a_video_that_never_ends_is_an_error_that_names_it_not_a_wait(tmp_path, 
     good = Sample(str(write_video(tmp_path / "a.mp4", TEN_HZ[:10])), "q", 0.0, 0.5)
     samples = [good, Sample(str(tmp_path / "pipe.mp4"), "q", 0.0, 0.5)]
     patience = 3 if clips._start_method() == "fork" else 30  # the first wait includes the worker's imports
-    arriving = read_ahead(Clips(samples, {}), [[[(0, "tvg")]], [[(1, "tvg")]]], 1, patience)
+    monkeypatch.setattr(clips, "PATIENCE", float(patience))
+    arriving = read_ahead(Clips(samples, {}), [[[(0, "tvg")]], [[(1, "tvg")]]], 1)
     assert next(arriving)[0].index == 0
     with pytest.raises(UserError, match=f"pipe.mp4: not decoded within {patience} seconds"):
         next(arriving)
 
 
-def test_a_worker_that_is_killed_is_an_error_that_names_its_video(tmp_path):
+def test_a_worker_that_is_killed_is_an_error_that_names_its_video(tmp_path, monkeypatch):
     def kill():
         while not multiprocessing.active_children():
             time.sleep(0.01)
@@ -182,8 +183,9 @@ def test_a_worker_that_is_killed_is_an_error_that_names_its_video(tmp_path):
     samples = [Sample(str(tmp_path / "a.mp4"), "q", 0.0, 0.5)]
     threading.Thread(target=kill).start()
     patience = 30 if clips._start_method() == "forkserver" else 600  # its workers are not our children: no signal comes
+    monkeypatch.setattr(clips, "PATIENCE", float(patience))
     with pytest.raises(UserError, match="a.mp4: not decoded .* or a worker was killed"):
-        next(read_ahead(Clips(samples, {}), [[[(0, "tvg")]]], 1, patience))
+        next(read_ahead(Clips(samples, {}), [[[(0, "tvg")]]], 1))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])

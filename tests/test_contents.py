@@ -15,8 +15,8 @@ from shared import change_json, log_of, make_config, measure, reply, scripted, t
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import evaluate
-from engine.checkpoints import find_model, fingerprint, load_model, newest_checkpoint
-from engine.predictions import read_predictions
+from engine.model.loading import find_model, fingerprint, load_model, newest_checkpoint
+from engine.run.predictions import read_predictions
 
 CPU = torch.device("cpu")
 

@@ -24,9 +24,9 @@ from data import (
     prompt_text,
     report_unreadable,
 )
-from engine.checkpoints import Processor
-from engine.settings import UserError
-from engine.video import Clip, VideoError
+from engine.model.loading import Processor
+from engine.program.settings import UserError
+from engine.video.frames import Clip, VideoError
 from invert4tvg import Config
 from rewards import INVERSIONS
 

@@ -20,7 +20,11 @@ TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
 # ------------------------------------------------------------------------------------------------ the house
 
 FLOORS = {  # each room may import the rooms before it and itself
-    "engine": ["engine"],
+    "engine/program": ["engine.program"],
+    "engine/video": ["engine.program", "engine.video"],
+    "engine/words": ["engine.program", "engine.video", "engine.words"],
+    "engine/model": ["engine.program", "engine.model"],
+    "engine/run": ["engine"],
     "rewards": ["engine"],
     "grpo": ["engine"],
     "data": ["engine", "rewards"],
@@ -43,11 +47,17 @@ def imports_of(path):
 @pytest.mark.parametrize("room", FLOORS)
 def test_imports_never_run_back_up(room):
     ours = {"engine", "papers", "demo", "benchmarks", "report", *FLOORS}
-    files = (ROOT / room).glob("*.py") if room == "engine" else [ROOT / f"{room}.py"]
+    files = [*(ROOT / room).glob("*.py")] or [ROOT / f"{room}.py"]
     for path in files:
         for name in imports_of(path):
             if name.split(".")[0] in ours:
                 assert any(name == floor or name.startswith(f"{floor}.") for floor in FLOORS[room]), (path.name, name)
+
+
+def test_every_room_of_the_engine_has_its_floor():
+    assert {f"engine/{path.parent.name}" for path in (ROOT / "engine").glob("*/__init__.py")} == {
+        room for room in FLOORS if "/" in room}
+    assert [path.name for path in (ROOT / "engine").glob("*.py")] == ["__init__.py"]
 
 
 def test_the_top_level_holds_the_five_files_and_nothing_else_in_python():
@@ -66,7 +76,7 @@ def test_every_test_that_a_page_names_exists(name):
 
 @pytest.mark.parametrize("name", DOCS)
 def test_every_function_that_a_page_names_exists(name):
-    modules = r"(?:rewards|grpo|data|evaluate|invert4tvg|engine\.\w+|papers\.\w+)"
+    modules = r"(?:rewards|grpo|data|evaluate|invert4tvg|engine\.\w+\.\w+|engine\.\w+|papers\.\w+)"
     for module, attribute in re.findall(rf"`({modules})\.(\w+)`", DOCS[name]):
         if (module, attribute) not in {("engine", "py")} and attribute != "py":
             assert hasattr(importlib.import_module(module), attribute), (module, attribute)
@@ -83,8 +93,8 @@ def test_every_file_that_a_page_names_exists(name):
 
 @pytest.mark.parametrize("name", DOCS)
 def test_every_option_that_a_page_names_exists(name):
-    programs = ["invert4tvg.py", "evaluate.py", "data.py", "papers/stages.py", "demo/make_demo.py", "engine/lora.py",
-                "engine/recovery.py", "report/__main__.py",
+    programs = ["invert4tvg.py", "evaluate.py", "data.py", "papers/stages.py", "demo/make_demo.py",
+                "report/__main__.py",
                 *(f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py"))]
     source = "".join((ROOT / program).read_text() for program in programs)
     others = {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--shutdown-timeout", "--no-deps",

@@ -12,12 +12,13 @@ import pytest
 from shared import measure, reply, scripted, write_lines, write_video
 
 import data
-import engine.settings
+import engine.program.lookup
 import evaluate
 import rewards
-from engine import predictions
-from engine.runtime import launch
-from engine.settings import UserError, is_ours, parse_settings
+from engine.program.launch import launch
+from engine.program.lookup import is_ours
+from engine.program.settings import UserError, parse_settings
+from engine.run import predictions
 
 
 def prediction(row, task="tvg", video="a.mp4", iou=0.0, value=0.0, span=(0.0, 1.0), format=1.0, verbs=1.0, **more):
@@ -431,11 +432,11 @@ def test_each_completion_is_written_under_its_own_row_also_beside_an_unreadable_
 def test_a_batch_may_hold_two_tasks_of_one_row_and_takes_one_worker_of_three(settings, monkeypatch):
     asked, read_ahead = [], evaluate.read_ahead
     monkeypatch.setattr(evaluate, "read_ahead", lambda clips, batches, *rest: (
-        asked.append(rest) or read_ahead(clips, batches, 0, 60.0)))
+        asked.append(rest) or read_ahead(clips, batches, 0)))
     texts = [reply(text) for text in ("opens", "sitting", "person opens it", "a person sits")]
     with scripted(*texts):
-        measure(settings, tasks=("ar", "vd"), micro_batch=4, max_new_tokens=60, workers=3, clip_timeout=7.0)
-    assert asked == [(1, 7.0)]
+        measure(settings, tasks=("ar", "vd"), micro_batch=4, max_new_tokens=60, workers=3)
+    assert asked == [(1,)]
     found = [(p["row"], p["task"], p["completion"]) for p in lines(settings)]
     assert found == [(0, "ar", texts[0]), (2, "ar", texts[1]), (0, "vd", texts[2]), (2, "vd", texts[3])]
 
@@ -479,7 +480,7 @@ def test_a_checkpoint_does_not_decide_what_is_imported(trained, monkeypatch, cap
 
 
 def test_a_checkpoint_inside_the_repository_brings_no_module_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.settings, "ROOT", tmp_path)
+    monkeypatch.setattr(engine.program.lookup, "ROOT", tmp_path)
     (tmp_path / "room").mkdir()
     (tmp_path / "room" / "__init__.py").touch()
     (tmp_path / "room" / "file.py").touch()

@@ -22,9 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import grpo
 import invert4tvg
 from benchmarks import accept, cards, dry_run, memory
-from engine import decoding, optimizer, recovery, runtime
-from engine.attention import Prompt
-from engine.optimizer import MasterAdamW
+from engine.model import decoding, health, optimizer
+from engine.model.optimizer import MasterAdamW
+from engine.model.prompts import Prompt
+from engine.program import launch
 
 # ---- Names of PyTorch that run on GPUs alone
 
@@ -289,16 +290,8 @@ def test_an_update_and_its_checks_never_mix_devices(tmp_path, alone, changes):
         with Fakes(truth=True):  # everything is finite
             run, batches = fake_run(tmp_path)
             run.optimizer.step()
-            recovery.check_finite(run.model, types.SimpleNamespace(optim=run.optimizer))
+            health.check_finite(run.model, types.SimpleNamespace(optim=run.optimizer))
     assert run.optimizer.state[run.model.parameters()[0]]["master"].device.type == "cuda"
-
-
-def test_the_numbers_of_a_step_that_is_left_out_come_to_the_cpu(tmp_path, alone):
-    saved = {}
-    save = mock.patch.object(recovery, "save_file", lambda tensors, path, notes: saved.update(tensors))
-    with Fakes(truth=True), save:
-        recovery.keep_batch(tmp_path, fake_run(tmp_path)[1])
-    assert {x.device.type for x in saved.values()} == {"cpu"} and len(saved) == 2 * (5 + 4)
 
 
 def test_the_mode_notices_a_mixture():
@@ -341,12 +334,12 @@ def test_a_gpu_that_torch_cannot_use_is_said_and_never_left_idle(monkeypatch, vi
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(runtime, "has_gpu", lambda: has_gpu)
+    monkeypatch.setattr(launch, "has_gpu", lambda: has_gpu)
     if stops:
         with pytest.raises(SystemExit, match="has a GPU that torch .* cannot use.*CUDA_VISIBLE_DEVICES="):
-            runtime.setup_distributed()
+            launch.setup_distributed()
     else:
-        assert runtime.setup_distributed().type == "cpu"
+        assert launch.setup_distributed().type == "cpu"
         dist.destroy_process_group()
 
 
@@ -358,7 +351,7 @@ def test_nccl_knows_its_card_from_the_start_and_gloo_needs_none(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", "3")
         join = mock.Mock()
         monkeypatch.setattr(dist, "init_process_group", join)
-        runtime.setup_distributed()
+        launch.setup_distributed()
         assert (*join.call_args.args, join.call_args.kwargs["device_id"]) == expected
 
 

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 import data
 import invert4tvg
 import rewards
-from engine.checkpoints import newest_checkpoint
-from engine.prompts import encode_prompt, patchify, position_ids
-from engine.settings import option, parse_settings
-from engine.video import read_video
+from engine.model.loading import newest_checkpoint
+from engine.model.prompts import encode_prompt, patchify, position_ids
+from engine.program.settings import option, parse_settings
+from engine.video.frames import read_video
 
 # ------------------------------------------------------------------------------------------------ supervised stage
 

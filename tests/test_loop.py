@@ -35,10 +35,11 @@ import data
 import grpo
 import invert4tvg
 import rewards
-from engine.annotations import load_demonstrations
-from engine.checkpoints import newest_checkpoint
-from engine.prompts import encode_prompt, patchify, position_ids
-from engine.video import read_video
+from engine.model import optimizer
+from engine.model.loading import newest_checkpoint
+from engine.model.prompts import encode_prompt, patchify, position_ids
+from engine.video.frames import read_video
+from engine.words.annotations import load_demonstrations
 
 
 def two_videos(folder, checkpoint, rows):
@@ -210,21 +211,21 @@ def plain_iteration(policy, optimizer, config, lines, logps_of, reference):
             outside = ratio > 1 + config.clip_epsilon if A > 0 else ratio < 1 - config.clip_epsilon
             clipped += outside.float().mean().item() / len(lines)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         history.append((loss.item(), divergence, norm.item(), clipped))
     return np.mean(history, axis=0)
 
 
-def test_the_loop_equals_grpo_written_plainly(tmp_path, checkpoint):
+def test_the_loop_equals_grpo_written_plainly(tmp_path, checkpoint, monkeypatch):
     """Two iterations of two updates on four prompts: logged numbers, and the weights; no setting has its default."""
+    monkeypatch.setattr(optimizer, "EPSILON", 1e-2)  # else a gradient of 1e-8 moves a weight as much as one of 1
     rows = ["AAA 0 2##person opens the door", "BBB 2 4##a person is sitting down", "AAA 1 3##a red lamp",
             "BBB 0 4##the man runs and laughs"]
     config = dataclasses.replace(
         two_videos(tmp_path, checkpoint, rows), group_size=2, micro_batch=2, accumulation=2, iterations=2, mu=2,
-        temperature=0.7, clip_epsilon=0.01, kl_coef=0.3, lr=1e-2, betas=(0.8, 0.95), adam_eps=1e-2, weight_decay=0.1,
-        max_grad_norm=0.5, max_new_tokens=41)
+        temperature=0.7, clip_epsilon=0.01, kl_coef=0.3, lr=1e-2, weight_decay=0.1, max_new_tokens=41)
     texts = [reply("0 to 4"), "none", reply("1 to 3"), reply("3 to 4"),
              "", reply("2 to 4"), reply("10 to 14"), "2 to 4"]
     with scripted(*texts):
@@ -234,12 +235,12 @@ def test_the_loop_equals_grpo_written_plainly(tmp_path, checkpoint):
     policy, reference = (Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model) for _ in range(2))
     policy.model.visual.requires_grad_(False)
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.1)
+    adamw = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.999), eps=1e-2, weight_decay=0.1)
     lines = rollouts_of(config.output)
     for row in log_of(config.output):
-        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - row["iteration"] / 2)
+        adamw.param_groups[0]["lr"] = 1e-2 * (1 - row["iteration"] / 2)
         loss, kl, norm, clipped = plain_iteration(
-            policy, optimizer, config, [line for line in lines if line["iteration"] == row["iteration"]],
+            policy, adamw, config, [line for line in lines if line["iteration"] == row["iteration"]],
             lambda model, line: plain_logps(model, config, tokenizer, line), reference)
         assert row["loss"] == pytest.approx(loss, abs=1e-4)
         assert row["kl"] == pytest.approx(kl, abs=1e-4)
@@ -315,7 +316,7 @@ def test_an_iterations_seconds_are_those_of_waiting_of_sampling_rewards_and_refe
 
     def read_ahead(clips, batches, *rest):
         asked.append(rest)
-        batches = plain(clips, batches, 0, 60.0)
+        batches = plain(clips, batches, 0)
         while True:
             clock[0] += 1000
             yield next(batches)
@@ -328,8 +329,8 @@ def test_an_iterations_seconds_are_those_of_waiting_of_sampling_rewards_and_refe
         monkeypatch.setattr(module, name, takes(seconds, getattr(module, name)))
     with scripted(*ANSWERS), monkeypatch.context() as patch:
         patch.setattr(grpo, "sample_group", takes(10, grpo.sample_group))
-        (row,) = log_of(train(quick, kl_coef=0.1, workers=3, clip_timeout=7.0))  # two prompts, three answers each
-    assert asked == [(3, 7.0)]
+        (row,) = log_of(train(quick, kl_coef=0.1, workers=3))  # two prompts, three answers each
+    assert asked == [(3,)]
     assert [row[f"{name}seconds"] for name in ("wait_", "rollout_", "")] == [1000, 10 + 6 + 100, 11_116]
     (row,) = log_of(train(four_demonstrations, output=str(tmp_path / "supervised")))
     assert [row[f"{name}seconds"] for name in ("wait_", "rollout_", "")] == [1000, 100, 11_100]

@@ -1,4 +1,4 @@
-"""engine/optimizer.py: against torch's AdamW, and updates that bfloat16 would lose."""
+"""engine/model/optimizer.py: against torch's AdamW, and updates that bfloat16 would lose."""
 
 import contextlib
 import types
@@ -7,16 +7,16 @@ import pytest
 import torch
 from shared import byte_tokenizer, tiny_model
 
-from engine import optimizer
-from engine.optimizer import MasterAdamW, clip_gradients
-from engine.settings import UserError
+from engine.model import optimizer
+from engine.model.optimizer import MasterAdamW, clip_gradients
+from engine.program.settings import UserError
 
 
 def test_float32_optimizer_equals_adamw():
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
-    arguments = dict(lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-    a, b = MasterAdamW([ours], **arguments), torch.optim.AdamW([theirs], **arguments)
+    a = MasterAdamW([ours], lr=0.01, weight_decay=0.1)
+    b = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8)
     for _ in range(20):
         ours.grad = torch.randn(7)
         theirs.grad = ours.grad.clone()

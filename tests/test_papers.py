@@ -17,8 +17,8 @@ from test_rewards import ODD, seconds, thought
 import papers.rewards
 import rewards
 from data import Sample, Settings, prompt_text
-from engine.annotations import load_annotations, load_demonstrations
-from engine.settings import UserError
+from engine.program.settings import UserError
+from engine.words.annotations import load_annotations, load_demonstrations
 from evaluate import summarize
 from papers import stages
 from papers.rewards import anchor_metrics, anchor_reward, parse_anchors, soft_iou, timestamp_aware_iou

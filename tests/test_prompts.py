@@ -1,4 +1,4 @@
-"""engine/prompts.py: prompt ids, patches and positions against transformers and plain loops; completions as text."""
+"""model/prompts.py: prompt ids, patches and positions against transformers and plain loops; completions as text."""
 
 import itertools
 from fractions import Fraction
@@ -11,7 +11,7 @@ from shared import SPECIALS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import grpo
-from engine.prompts import completion_texts, encode_completions, encode_prompt, patchify, position_ids
+from engine.model.prompts import completion_texts, encode_completions, encode_prompt, patchify, position_ids
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 

@@ -18,7 +18,8 @@ from shared import ROOT, log_of, make_config, reply
 import grpo
 import rewards
 from data import prompt_text
-from engine.annotations import Sample, load_annotations
+from engine.words.annotations import load_annotations
+from engine.words.samples import Sample
 
 PAGE = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
 WORDS = " ".join(PAGE.split())  # the page's paragraphs, however they are wrapped

@@ -24,7 +24,6 @@ import pytest
 import soak
 import tiny
 import torch
-from safetensors import safe_open
 from shared import (
     byte_tokenizer,
     change_json,
@@ -44,15 +43,21 @@ from transformers import AddedToken
 
 import invert4tvg
 import rewards
-from engine import checkpoints, clips, files, recovery
-from engine.annotations import MAX_QUERY, load_annotations
-from engine.checkpoints import load_model, newest_checkpoint
-from engine.files import cut_log, damage, locked, strict_json, write_text
-from engine.optimizer import MasterAdamW
-from engine.prompts import encode_prompt
-from engine.runtime import launch, now
-from engine.settings import UserError
-from engine.video import VideoError, read_video
+from engine.model import health
+from engine.model.loading import load_model, newest_checkpoint
+from engine.model.optimizer import MasterAdamW
+from engine.model.prompts import encode_prompt
+from engine.program import files
+from engine.program.files import iteration_of, locked, strict_json, write_text
+from engine.program.launch import launch
+from engine.program.ranks import current
+from engine.program.settings import UserError
+from engine.run import checkpoints, opening
+from engine.run.log import cut_log
+from engine.run.manifest import damage
+from engine.video import clips
+from engine.video.frames import VideoError, read_video
+from engine.words.annotations import MAX_QUERY, load_annotations
 
 
 @pytest.fixture()
@@ -207,22 +212,25 @@ def test_nothing_is_renamed_before_its_files_are_on_the_disk(quick, monkeypatch)
 # ---- When to save
 
 
-def test_checkpoints_come_by_iterations_and_by_minutes(alone, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(recovery, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    saves = recovery.Saves(recovery.Saving(save_every=5, save_minutes=2.5), 9, alone)
-    due = []
-    for done in range(1, 10):
-        clock[0] += 90.0  # an iteration takes a minute and a half
-        due += [done] if saves.are_due(done, {"skipped": 0.0}, False) else []
-    assert due == [2, 4, 5, 7, 9]  # two take 3 minutes, counted anew from each; the fifth iteration; the end
+def checkpoints_of(output):
+    return [iteration_of(path) for path in sorted(Path(output).glob("checkpoint-*"))]
 
 
-def test_a_checkpoint_due_while_steps_are_left_out_comes_after_the_next_step_and_a_stop_is_saved(alone):
-    saves = recovery.Saves(recovery.Saving(save_every=5), 100, alone)
-    assert [k for k in range(1, 12) if saves.are_due(k, {"skipped": float(k in (5, 6))}, False)] == [7, 10]
-    assert saves.are_due(12, {"skipped": 1.0}, True)  # or iterations 11 and 12 would be lost
-    assert saves.are_due(13, {"skipped": 0.0}, True)
+def test_a_checkpoint_due_while_steps_are_left_out_comes_after_the_next_step(quick):
+    factors = iter([1.0, 1.0, math.nan, math.nan, 1.0, 1.0, 1.0, 1.0])
+    with scripted(reply("0 to 1"), reply("0 to 4")), losses(lambda loss: loss * next(factors)):
+        train(quick, iterations=8, save_every=3, keep=9)
+    assert checkpoints_of(quick.output) == [5, 6, 8]  # that of 3 waits for the step of iteration 4; 8 is the end
+
+
+def test_a_stop_is_saved_also_while_steps_are_left_out(quick, monkeypatch):
+    factors = iter([1.0, math.nan, math.nan])
+    stops = iter([False, False, True])
+    monkeypatch.setattr(invert4tvg.StopSignal, "on_any_rank", lambda self, device: next(stops))
+    with scripted(reply("0 to 1"), reply("0 to 4")), losses(lambda loss: loss * next(factors)):
+        with pytest.raises(SystemExit, match="130"):
+            train(quick, iterations=8, save_every=5)
+    assert checkpoints_of(quick.output) == [3]  # else iterations 1 and 2 would be made again
 
 
 # ---- Broken numbers
@@ -233,39 +241,12 @@ def test_ten_steps_in_a_row_without_a_finite_gradient_stop_the_run(quick, capsys
     with scripted(reply("0 to 1"), reply("0 to 4")), losses(lambda loss: loss * next(factors)):
         message = refusal(capsys, quick, iterations=40, lr=1e-3)
     assert "10 iterations in a row had a loss or a gradient that is not finite" in message
-    assert "the first of them iteration 5;" in message
+    assert "iteration 14: " in message and ".mp4" in message
     rows = (Path(quick.output) / "metrics.jsonl").read_text().splitlines()
     strict = [json.loads(row, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for row in rows]
     assert [row["skipped"] for row in strict] == [0, 0, 0, 1, 0] + [1] * 10
     assert strict[-1]["loss"] is None and strict[-1]["grad_norm"] is None
     assert newest_checkpoint(quick.output).name == "checkpoint-000005"  # before the first of the ten
-    with safe_open(Path(quick.output) / "skipped" / "0.safetensors", "pt") as batch:
-        assert batch.metadata()["iteration"] == "14" and "AAA" in batch.metadata()["videos"] + "AAA"
-        assert batch.get_tensor("0.ids").shape == batch.get_tensor("0.mask").shape
-        assert batch.get_tensor("0.prompt0.patches").shape[1] == 1176
-
-
-def test_the_batches_of_a_step_that_was_left_out_are_kept_whole(alone, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr(now, "iteration", 7)
-    monkeypatch.setattr(now, "videos", ("a.mp4", "b.mp4"))
-    names = ("ids", "mask", "advantages", "sampler_logps", "ref_logps")
-    given = [dict(zip(names, torch.rand(5, 4, 3))) for _ in range(2)]
-    recovery.keep_batch(tmp_path, [invert4tvg.Batch(prompts=prompts, features=None, **given[0]),
-                                   invert4tvg.Batch(prompts=prompts[:1], features=None, **given[1])])
-    expected = {f"{number}.{name}": value for number in (0, 1) for name, value in given[number].items()}
-    for place, prompt in (("0.prompt0", prompts[0]), ("0.prompt1", prompts[1]), ("1.prompt0", prompts[0])):
-        expected |= {f"{place}.{name}": value for name, value in prompt._asdict().items()}
-    with safe_open(tmp_path / "skipped" / "0.safetensors", "pt") as kept:
-        assert kept.metadata() == {"iteration": "7", "videos": '["a.mp4", "b.mp4"]'}
-        assert set(kept.keys()) == expected.keys()
-        assert all(torch.equal(kept.get_tensor(name), value) for name, value in expected.items())
-
-
-def test_a_batch_that_cannot_be_kept_is_one_sentence(quick, capsys):
-    (Path(quick.output) / "skipped" / "0.safetensors").mkdir(parents=True)  # no file can be written there
-    with scripted(reply("0 to 1"), reply("0 to 4")), losses(lambda loss: loss * math.nan):
-        message = refusal(capsys, quick)
-    assert "skipped/0.safetensors: could not be written" in message
 
 
 def test_a_loss_that_is_not_finite_is_left_out_though_its_gradient_is_finite(quick):
@@ -294,7 +275,7 @@ def test_weights_that_are_not_finite_are_not_saved(quick, monkeypatch, capsys):
 
     def breaking(self):
         plain(self)
-        if now.iteration == 1:
+        if current.iteration == 1:
             self.param_groups[0]["params"][0].data[0] = math.nan
 
     monkeypatch.setattr(MasterAdamW, "step", breaking)
@@ -381,8 +362,8 @@ def test_the_bytes_of_a_checkpoint_are_those_of_its_weights_and_optimiser(quick,
     folder = newest_checkpoint(quick.output)
     written = sum((folder / name).stat().st_size for name in ("model.safetensors", "optimizer.0.safetensors"))
     model.model.visual.requires_grad_(False)
-    assert recovery.checkpoint_bytes(model) - 16e6 == pytest.approx(written, rel=0.1)  # the rest is names
-    assert recovery.checkpoint_bytes(model.bfloat16()) - 16e6 == sum(
+    assert opening.checkpoint_bytes(model) - 16e6 == pytest.approx(written, rel=0.1)  # the rest is names
+    assert opening.checkpoint_bytes(model.bfloat16()) - 16e6 == sum(
         p.numel() * (14 if p.requires_grad else 2) for p in model.parameters())
 
 
@@ -434,7 +415,7 @@ def test_an_error_on_one_rank_ends_all_and_names_rank_iteration_and_video(quick,
         score = rewards.score
 
         def broken(task, text, sample, **kwargs):
-            if now.iteration == 1 and os.environ["RANK"] == "1":
+            if current.iteration == 1 and os.environ["RANK"] == "1":
                 raise ZeroDivisionError("a bug")
             return score(task, text, sample, **kwargs)
 
@@ -447,7 +428,7 @@ def test_an_error_on_one_rank_ends_all_and_names_rank_iteration_and_video(quick,
     assert "rank 0, iteration 1: another process of this run has ended" in said
 
 
-def test_a_video_that_never_comes_on_one_rank_ends_all_and_is_named(quick, forked, tmp_path):
+def test_a_video_that_never_comes_on_one_rank_ends_all_and_is_named(quick, forked, tmp_path, monkeypatch):
     pipe = tmp_path / "pipe.mp4"
     os.mkfifo(pipe)
     patience = 3 if clips._start_method() == "fork" else 30  # it includes the worker's imports
@@ -458,7 +439,8 @@ def test_a_video_that_never_comes_on_one_rank_ends_all_and_is_named(quick, forke
                 [dataclasses.replace(sample, video=str(pipe)) for sample in samples], *rest)
         launch(invert4tvg.train, settings)
 
-    settings = dataclasses.replace(quick, workers=1, clip_timeout=float(patience), iterations=2)
+    monkeypatch.setattr(clips, "PATIENCE", float(patience))
+    settings = dataclasses.replace(quick, workers=1, iterations=2)
     statuses, said = forked(settings, blocking)
     assert statuses == [1, 1]
     assert f"rank 1, iteration 0: {pipe}: not decoded within {patience} seconds" in said
@@ -681,7 +663,7 @@ def test_one_number_that_is_not_finite_is_seen_without_another_tensor_of_the_siz
     x = torch.linspace(-3, 3, 1000).to(dtype)
     x_storage = x.untyped_storage().data_ptr()
     with Sizes():
-        assert recovery.is_finite(x)
+        assert health.is_finite(x)
     assert max(sizes) == 1
     x[617] = broken
-    assert not recovery.is_finite(x)
+    assert not health.is_finite(x)

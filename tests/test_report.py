@@ -16,8 +16,8 @@ from PIL import Image
 from shared import make_config, reply, scripted, train, write_lines, write_video
 
 import rewards
-from engine.checkpoints import fingerprint, newest_checkpoint
-from engine.settings import UserError
+from engine.model.loading import fingerprint, newest_checkpoint
+from engine.program.settings import UserError
 from evaluate import paired_bootstrap
 from report import __main__ as program
 from report import analysis, curves, runs, strips

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import rewards
 from data import Sample
-from engine.settings import UserError
-from engine.verbs import cosine_similarity, mask_verbs, verbs
+from engine.program.settings import UserError
+from engine.words.verbs import cosine_similarity, mask_verbs, verbs
 from rewards import (
     FORMATS,
     Scoring,

@@ -1,8 +1,7 @@
-"""engine/settings.py and engine/runtime.py: the command line, how a program ends, signals, metrics and the log."""
+"""engine/program/ and the log: the command line, how a program ends, signals, metrics and the log."""
 
 import dataclasses
 import datetime
-import functools
 import importlib
 import io
 import json
@@ -23,27 +22,19 @@ import torch.distributed as dist
 import torch.multiprocessing
 from shared import ROOT
 
+import engine.program.launch as joining
 import rewards
-from engine import recovery, runtime
-from engine.clips import _start_method
-from engine.files import seal
-from engine.progress import progress
-from engine.runtime import (
-    Log,
-    StopSignal,
-    combine,
-    counted,
-    group_metrics,
-    launch,
-    now,
-    on_rank_0,
-    random_generator,
-    say,
-    setup_distributed,
-    together,
-)
-from engine.settings import UserError, changed_options, flag, option, parse_settings
-from engine.video import VideoError
+from engine.model import health
+from engine.program.earlier import changed_options
+from engine.program.launch import StopSignal, launch, setup_distributed
+from engine.program.progress import progress
+from engine.program.ranks import current, on_rank_0, random_generator, say, together
+from engine.program.settings import UserError, flag, option, parse_settings
+from engine.run import manifest
+from engine.run.log import Log, combine, group_metrics
+from engine.run.manifest import seal
+from engine.video.clips import _start_method
+from engine.video.frames import VideoError
 from evaluate import EvalSettings
 from invert4tvg import Config
 
@@ -51,13 +42,12 @@ from invert4tvg import Config
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--p", "1.5"], "--p is 1.5"), (["--group-size", "1"], "--group-size 1"),
+    (["--p", "1.5"], "--p is 1.5"), (["--group-size", "1"], "--group-size is 1; it must be at least 2"),
     (["--no-such-option"], "--no-such-option"), (["--inversion-tasks", "vc", "xy"], "xy: is not among vc,"),
     (["--mu", "x"], "'x'"),
     (["--min-frame-pixels", "900000"], "--max-frame-pixels"),
     (["--demonstrations", "d.jsonl", "--annotations", "a.txt"], "--annotations"),
     (["--eval-annotations", "a.txt"], "--eval-every"), (["--seed", str(2**70)], f"at most {2**63 - 1}"),
-    (["--betas", "0.9"], "--betas is 0.9;"), (["--betas", "0.9", "1.0"], "--betas is 0.9 1.0;"),
     (["--reward-weights", "x=2"], "--reward-weights"), (["--tvg-reward", "giou"], "giou: is not among iou;"),
     (["--tvg-format", "none"], "'none'"), (["--inversion-format", "thinking"], "'thinking'"),
     (["--inversion-reward", "cos"], "'cos'"), (["--inversion-tasks", "tvg"], "tvg: is not among vc, ar, vd;"),
@@ -178,10 +168,10 @@ def test_a_query_that_says_nothing_is_refused():
 
 
 def test_options_may_stand_in_a_file(tmp_path):
-    (tmp_path / "run.args").write_text("# a comment\n--lr 1e-3 --betas 0.9 0.95  # another\n\n"
+    (tmp_path / "run.args").write_text("# a comment\n--lr 1e-3 --inversion-tasks vc vd  # another\n\n"
                                        "--output 'a folder'\n--no-gradient-checkpointing\n")
     given = parse_settings(Config, "", [f"@{tmp_path / 'run.args'}", "--lr", "1e-4"])
-    assert given == Config(lr=1e-4, betas=(0.9, 0.95), output="a folder", gradient_checkpointing=False)
+    assert given == Config(lr=1e-4, inversion_tasks=("vc", "vd"), output="a folder", gradient_checkpointing=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +206,9 @@ def test_changed_options_are_those_that_matter():
     assert changed_options(older, Small()) == [] and changed_options(older, Small(size=2)) == ["--size"]
     assert changed_options(before, Small(2, ("a",))) == ["--size", "--names"]
     assert changed_options(before | {"reward_weights": []}, Small()) == []  # an option that is gone, at its default
-    assert changed_options(before | {"reward_weights": ["anchor_weight=0"]}, Small()) == ["--reward-weights"]
+    assert changed_options(before | {"reward_weights": ["anchor_weight=0"]}, Small()) == [
+        "--reward-weights, which is no longer an option"]
+    assert changed_options(before | {"save_minutes": 5.0}, Small()) == []  # it might change
 
 
 def test_a_mistyped_option_is_said_before_spacy_and_transformers_are_imported():
@@ -283,7 +275,7 @@ def test_copies_that_srun_has_started_are_refused_and_an_allocation_is_not(monke
     ({"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "29501"}, "nowhere.invalid"), ({}, "MASTER_ADDR expected"),
     ({"MASTER_ADDR": "localhost", "MASTER_PORT": "http"}, "'http'")])
 def test_processes_that_do_not_find_each_other_give_up_with_one_sentence(monkeypatch, variables, words):
-    monkeypatch.setattr(runtime, "JOINING", datetime.timedelta(seconds=1))
+    monkeypatch.setattr(joining, "JOINING", datetime.timedelta(seconds=1))
     for name, value in ({"RANK": "1", "WORLD_SIZE": "2"} | variables).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=f"could not be joined .*{words}.*start them with torchrun"):
@@ -313,8 +305,9 @@ def test_a_users_mistake_is_one_sentence_and_a_status(error, status, message, ca
 
 def test_a_bug_keeps_its_traceback_and_is_placed(tmp_path):
     def program(settings, device):
-        for iteration in counted(3, 5):
-            now.videos = ["a.mp4"]
+        for iteration in range(3, 5):
+            current.iteration = iteration
+            current.videos = ["a.mp4"]
             if iteration == 4:
                 raise ZeroDivisionError
 
@@ -430,15 +423,15 @@ def test_which_options_may_change_when_a_run_or_an_evaluation_goes_on():
     def free(cls):
         return {f.name for f in dataclasses.fields(cls) if f.metadata["free"]}
 
-    both = {"output", "allow_missing_videos", "workers", "clip_timeout", "micro_batch"}
-    assert free(Config) == both | {"accumulation", "save_every", "save_minutes", "keep", "log_to", "offload_optimizer"}
+    both = {"output", "allow_missing_videos", "workers", "micro_batch"}
+    assert free(Config) == both | {"accumulation", "save_every", "keep", "log_to", "offload_optimizer"}
     assert free(EvalSettings) == both | {"against"}
 
 
 def test_which_options_have_no_meaning_beside_others():
     # Nothing is drawn, sampled, rewarded, or held near a reference.
     found = {f.name for f in dataclasses.fields(Config) if f.metadata["unless"] == "demonstrations"}
-    assert found == {"p", "inversion_reward", "vd_verb_cap", "group_size", "temperature", "kl_coef",
+    assert found == {"annotations", "p", "inversion_reward", "vd_verb_cap", "group_size", "temperature", "kl_coef",
                      "save_rollouts"}
     # And with a video of one's own, which is asked about: it is no row of a file, and nothing is written.
     fields = dataclasses.fields(EvalSettings)
@@ -451,10 +444,9 @@ def test_every_number_is_above_zero_or_may_be_zero():
     numbers = [f for cls in (Config, EvalSettings) for f in dataclasses.fields(cls) if f.type in (int, float)]
     above = {f.name for f in numbers if f.metadata["above"] == 0}
     least = {f.name for f in numbers if f.metadata["least"] == 0}
-    assert above | least == {f.name for f in numbers}
-    assert least == {"p", "vd_verb_cap", "clip_epsilon", "kl_coef", "adam_eps", "weight_decay", "iterations", "seed",
-                     "eval_every", "eval_limit", "workers", "samples", "limit", "save_rollouts", "save_minutes",
-                     "lora_rank"}
+    assert above | least == {f.name for f in numbers} - {"group_size"}  # two or more: one has nothing to compare with
+    assert least == {"p", "vd_verb_cap", "clip_epsilon", "kl_coef", "weight_decay", "iterations", "seed",
+                     "eval_every", "eval_limit", "workers", "samples", "limit", "save_rollouts", "lora_rank"}
 
 
 def test_what_is_inherited_is_checked_together_with_what_is_given(capsys):
@@ -474,13 +466,7 @@ def as_one_of_two(rank, folder):
     stop = StopSignal()
     stop.caught = rank == 1
     found["stops"] = stop.on_any_rank(cpu)
-    found["finite"] = recovery.finite_everywhere([1.0, math.nan if rank == 1 else 1.0], cpu)
-    for ahead in (0, 1):  # the clock of one has gone on for four minutes
-        clock = iter([0.0, 240.0 * (rank == ahead), 240.0])
-        recovery.time = SimpleNamespace(monotonic=functools.partial(next, clock))
-        saves = recovery.Saves(recovery.Saving(save_minutes=3.0), 100, cpu)
-        found[f"due by the clock of {ahead}"] = saves.are_due(1, {"skipped": 0.0}, False)
-
+    found["finite"] = health.finite_on_all_ranks([1.0, math.nan if rank == 1 else 1.0], cpu)
     def fail():
         raise UserError(f"It is wrong on rank {rank}.")
 
@@ -490,7 +476,7 @@ def as_one_of_two(rank, folder):
             function()
         except UserError as error:
             found[name] = str(error)
-    found["newest"] = recovery.newest_whole(folder).name
+    found["newest"] = manifest.newest_whole(folder).name
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
@@ -510,8 +496,8 @@ def test_what_one_of_two_processes_sees_both_decide(tmp_path):
     torch.multiprocessing.start_processes(as_one_of_two, (tmp_path,), nprocs=2, start_method="fork")
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) == {
-            "stops": True, "finite": False, "due by the clock of 0": True, "due by the clock of 1": False,
-            "together": "It is wrong on rank 1.", "on rank 0": "It is wrong on rank 0.", "newest": "checkpoint-000001"}
+            "stops": True, "finite": False, "together": "It is wrong on rank 1.", "on rank 0": "It is wrong on rank 0.",
+            "newest": "checkpoint-000001"}
     assert {path.name for path in tmp_path.glob("checkpoint*")} == {
         "checkpoint-000001", "checkpoint-000002.damaged", "checkpoint-000003.damaged"}
     assert (tmp_path / "checkpoint-000002.damaged" / "b").read_text() == "wrong"  # it takes the earlier one's place

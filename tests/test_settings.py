@@ -14,7 +14,7 @@ import data
 import evaluate
 import invert4tvg
 import rewards
-from engine.verbs import cosine_similarity
+from engine.words.verbs import cosine_similarity
 
 SAMPLE = data.Sample("AAA.mp4", "the man runs and laughs", 1.0, 3.0, 5.0)
 FRAMES = [i / 5 for i in range(25)]  # five seconds

@@ -10,8 +10,8 @@ from shared import made_once
 import evaluate
 import invert4tvg
 from demo import ablations, make_demo
-from engine.runtime import launch
-from engine.settings import parse_settings
+from engine.program.launch import launch
+from engine.program.settings import parse_settings
 from papers import stages
 
 CLIPS = ["--min-frame-pixels", "784", "--max-frame-pixels", "784", "--max-new-tokens", "24", "--workers", "0"]

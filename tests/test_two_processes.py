@@ -36,9 +36,12 @@ from shared import (
 
 import evaluate
 import grpo
-from engine.checkpoints import load_model
-from engine.parallel import data_parallel, frozen_reference
-from engine.runtime import launch
+import invert4tvg
+from engine.model import optimizer
+from engine.model.loading import load_model
+from engine.model.optimizer import clip_gradients
+from engine.model.parallel import data_parallel, frozen_reference
+from engine.program.launch import launch
 
 # Two completions for each of four prompts, of 2 to 60 tokens.
 TEXTS = [reply("0 to 4"), "x", reply("1 to 3"), reply("2 to 3") + " and so on, and on",
@@ -51,9 +54,18 @@ def free_port():
         return s.getsockname()[1]
 
 
+def steep_steps():
+    """Give Adam a large epsilon, and clip nothing: a step then grows with the gradient, and a wrong scale shows."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(optimizer, "EPSILON", 0.1)
+    patch.setattr(invert4tvg, "clip_gradients", lambda parameters, max_norm: clip_gradients(parameters, 100.0))
+    return patch
+
+
 def run_as(rank, jobs):
     """Run `jobs`, (program, settings, texts to script or None, port), as rank `rank` of two."""
     gc.freeze()  # process groups of earlier tests have no threads here
+    steep_steps()
     for program, settings, texts, port in jobs:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         with scripted(*texts) if texts else contextlib.nullcontext():
@@ -123,10 +135,7 @@ def run_evaluation(settings):
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory, checkpoint):
-    """Settings by name, after two processes have run them; of "... alone", after one process has.
-
-    Adam has a large epsilon: its step then grows with the gradient, and a wrong scale shows in the weights.
-    """
+    """Settings by name, after two processes have run them; of "... alone", after one process has."""
     folder = tmp_path_factory.mktemp("jobs")
     base = make_config(folder, checkpoint)
     write_video(folder / "videos" / "BBB.mp4", [i / 5 for i in range(25)], size=(56, 56), g="5")
@@ -135,7 +144,7 @@ def jobs(tmp_path_factory, checkpoint):
                        "completion": "x" * n} for i, n in enumerate((1, 30, 8, 48))]
     base = dataclasses.replace(
         base, p=1.0, min_frame_pixels=784, max_new_tokens=70, group_size=2, accumulation=2, iterations=1, lr=1e-2,
-        adam_eps=1e-1, max_grad_norm=100.0, save_rollouts=1, keep=9, save_every=1)
+        save_rollouts=1, keep=9, save_every=1)
     settings = {
         "completion": dataclasses.replace(base, iterations=0, epochs=2.0),
         "offloaded": dataclasses.replace(base, iterations=0, epochs=2.0, offload_optimizer=True),
@@ -157,12 +166,14 @@ def jobs(tmp_path_factory, checkpoint):
     # has found.
     method = "fork" if sys.platform == "linux" else "spawn"
     torch.multiprocessing.start_processes(run_as, (programs,), nprocs=2, start_method=method)
+    patch = steep_steps()
     for name, one in alone.items():
         if name == "evaluated alone":
             measure(one)
         else:
             with scripted(*TEXTS):
                 train(one)
+    patch.undo()
     return settings | alone
 
 
@@ -230,8 +241,10 @@ def test_one_process_goes_on_with_what_two_have_saved(jobs, tmp_path):
     shutil.copytree(Path(jobs["completion"].output) / "checkpoint-000001", tmp_path / "checkpoint-000001")
     states = [load_file(tmp_path / "checkpoint-000001" / f"optimizer.{rank}.safetensors") for rank in (0, 1)]
     assert states[0] and states[1] and not states[0].keys() & states[1].keys()  # a share each
+    patch = steep_steps()
     with scripted(*TEXTS):
         train(jobs["completion alone"], output=str(tmp_path))
+    patch.undo()
     resumed = dataclasses.replace(jobs["completion"], output=str(tmp_path))
     assert difference(resumed, jobs["completion"]) < 1e-5
 

@@ -1,14 +1,13 @@
-"""engine/verbs.py: verbs and their roots, masked queries, and how near two verbs are."""
+"""engine/words/verbs.py: verbs and their roots, masked queries, and how near two verbs are."""
 
 import pytest
 import spacy
 
-import engine.verbs
-from engine.verbs import (
+import engine.words.verbs
+from engine.words.english import count_coverage, looks_english
+from engine.words.verbs import (
     cosine_similarity,
-    count_coverage,
     load_spacy,
-    looks_english,
     mask_queries,
     mask_verbs,
     root,
@@ -97,14 +96,14 @@ def test_mask_blanks_verbs_only():
 
 def test_masking_many_equals_masking_each(monkeypatch):
     queries = [DOOR, WALK, "a red door", DOOR]
-    monkeypatch.setattr(engine.verbs, "MASKED", {})
+    monkeypatch.setattr(engine.words.verbs, "MASKED", {})
     together = mask_queries(queries)
-    monkeypatch.setattr(engine.verbs, "MASKED", {})
+    monkeypatch.setattr(engine.words.verbs, "MASKED", {})
     assert together == [mask_verbs(query) for query in queries]
 
 
 def test_a_query_is_tagged_once(tagged, monkeypatch):
-    monkeypatch.setattr(engine.verbs, "MASKED", {})
+    monkeypatch.setattr(engine.words.verbs, "MASKED", {})
     mask_queries([DOOR, WALK, DOOR])
     mask_verbs(WALK)
     assert tagged == [DOOR, WALK]

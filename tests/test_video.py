@@ -1,4 +1,4 @@
-"""engine/video.py: videos made to be odd, in every container; frame sizes by hand."""
+"""engine/video/frames.py: videos made to be odd, in every container; frame sizes by hand."""
 
 import itertools
 import math
@@ -12,16 +12,16 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from shared import TEN_HZ, shown, write_video
 
-from engine import video
-from engine.annotations import Sample, prepare_training
-from engine.packets import Packet, end_of_pictures
-from engine.video import MAX_PIXELS, VideoError, fit_size, read_video
+from engine.video import frames, stream
+from engine.video.frames import MAX_PIXELS, VideoError, fit_size, read_video
+from engine.video.packets import Packet, end_of_pictures
+from engine.words.samples import Sample, prepare_training
 
 
 @pytest.fixture
 def looked_at(monkeypatch):
     """The times of the frames decoded during a test."""
-    times, time_of = [], video._Timed.time_of
+    times, time_of = [], stream.Stream.time_of
 
     def spy(self, x):
         t = time_of(self, x)
@@ -29,7 +29,7 @@ def looked_at(monkeypatch):
             times.append(t)
         return t
 
-    monkeypatch.setattr(video._Timed, "time_of", spy)
+    monkeypatch.setattr(stream.Stream, "time_of", spy)
     return times
 
 
@@ -128,8 +128,8 @@ def test_only_what_wanted_frames_need_is_decoded(options, segment, most, tmp_pat
 
 def test_a_wanted_frame_that_does_not_come_gives_way_to_the_next_nearest(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", bf="3", preset="medium")
-    frames = video._Timed.frames
-    monkeypatch.setattr(video._Timed, "frames", lambda *args: (f for f in frames(*args) if not 0.95 < f.time < 1.05))
+    frames = stream.Stream.frames
+    monkeypatch.setattr(stream.Stream, "frames", lambda *args: (f for f in frames(*args) if not 0.95 < f.time < 1.05))
     assert shown(read_video(path)) == [0, 5, 9, 15, 20, 25, 30, 35]
 
 
@@ -229,7 +229,7 @@ def test_odd_sizes_are_read_and_colours_stay_in_place(tmp_path):
 
 def test_a_stated_duration_is_not_needed(tmp_path):
     path = write_video(tmp_path / "a.webm", codec="libvpx", container_options={"live": "1"})
-    assert video.video_duration(str(path)) is None
+    assert stream.video_duration(str(path)) is None
     assert prepare_training([Sample(str(path), "q", 1.0, 9.0)])[1:] == (0, [])
     assert shown(read_video(path, start=3.0, end=9.0)) == [30, 35]
 
@@ -270,7 +270,7 @@ def test_beyond_768_frames_the_rate_falls_and_is_stated(tmp_path):
 
 @given(st.floats(0, 1000), st.floats(0.5, 2000), st.sampled_from([0.5, 1.0, 2.0, 4.0]))
 def test_targets_are_even_in_number_and_one_period_apart(start, length, fps):
-    targets, rate = video._targets(start, start + max(length, 1 / fps), fps)
+    targets, rate = frames._targets(start, start + max(length, 1 / fps), fps)
     assert 2 <= len(targets) <= 768 and len(targets) % 2 == 0 and rate <= fps
     assert np.allclose(np.diff(targets)[:-1], 1 / rate) and 0 <= targets[-1] - targets[-2] <= 1 / rate + 1e-9
     assert targets[0] == pytest.approx(start) and targets[-1] <= start + max(length, 1 / fps) + 1e-9
@@ -279,7 +279,7 @@ def test_targets_are_even_in_number_and_one_period_apart(start, length, fps):
 
 def test_of_two_frames_that_are_equally_near_the_earlier_is_taken():
     known, targets = np.array([0.0, 1.0, 2.0]), np.array([-1.0, 0.5, 1.5, 1.75, 9.0])
-    assert video._nearest_times(known, targets).tolist() == [0, 0, 1, 2, 2]
+    assert frames._nearest_times(known, targets).tolist() == [0, 0, 1, 2, 2]
 
 
 def test_when_the_last_picture_ends_by_hand():
@@ -392,7 +392,7 @@ def test_titles_need_not_be_utf_8(tmp_path):
     path = remux(write_video(tmp_path / "a.mp4"), tmp_path / "b.mp4", metadata={"title": "a title"})
     path.write_bytes(path.read_bytes().replace(b"a title", b"caf\xe9 \xfc\xdf"))
     assert shown(read_video(path)) == [0, 5, 10, 15, 20, 25, 30, 35]
-    assert video.video_duration(str(path)) == pytest.approx(4, abs=0.1)
+    assert stream.video_duration(str(path)) == pytest.approx(4, abs=0.1)
 
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.avi", "a.mp4"])
@@ -459,8 +459,8 @@ def test_segments_of_an_intra_refresh_video_are_whole_pictures(tmp_path):
 
 def test_a_frame_that_does_not_come_is_an_error_not_another_frame(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", bf="3", preset="medium")
-    frames = video._Timed.frames
-    monkeypatch.setattr(video._Timed, "frames", lambda *args: (f for f in frames(*args) if not 0.6 < f.time < 1.8))
+    frames = stream.Stream.frames
+    monkeypatch.setattr(stream.Stream, "frames", lambda *args: (f for f in frames(*args) if not 0.6 < f.time < 1.8))
     with pytest.raises(VideoError, match="a.mp4: .*for the frame at 1 s none nearer than that at 0.6 s decodes"):
         read_video(path)
 

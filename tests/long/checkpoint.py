@@ -3,7 +3,7 @@
     python tests/long/checkpoint.py --gigabytes 2
 
 The model's weights are on the meta device, in bfloat16, its vision tower frozen as by default. A file of random bytes
-is written, flushed to the disk, and its SHA-256 taken, as engine/files.py does with a checkpoint's.
+is written, flushed to the disk, and its SHA-256 taken, as engine/program/files.py does with a checkpoint's.
 """
 
 import os
@@ -13,8 +13,8 @@ import tiny
 import torch
 
 from benchmarks.models import meta_model, model_config
-from engine.files import seal
-from engine.recovery import checkpoint_bytes
+from engine.run.manifest import seal
+from engine.run.opening import checkpoint_bytes
 
 
 def campaign(folder, gigabytes, processes):

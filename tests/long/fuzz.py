@@ -26,12 +26,12 @@ from shared import ROOT, TEN_HZ, byte_tokenizer, reply, write_video
 import evaluate
 import invert4tvg
 import rewards
-from engine import files
-from engine.annotations import MAX_QUERY, load_annotations
-from engine.files import strict_json
-from engine.prompts import encode_prompt
-from engine.settings import option, parse_settings
-from engine.video import VideoError, read_video
+from engine.model.prompts import encode_prompt
+from engine.program.files import strict_json
+from engine.program.settings import option, parse_settings
+from engine.run import manifest
+from engine.video.frames import VideoError, read_video
+from engine.words.annotations import MAX_QUERY, load_annotations
 
 PATIENCE = {"videos": 60, "annotations": 20, "completions": 20, "checkpoints": 120, "commands": 120}  # seconds a try
 
@@ -332,7 +332,7 @@ def try_checkpoint(folder, config, weights, number):
     newest = output / "checkpoint-000003"
     before = contents(newest)
     names = [damage(newest, rng)]
-    found = files.damage(newest)
+    found = manifest.damage(newest)
     expect((found is None) == (contents(newest) == before), f"damage to {names}: {found}")
     if number % 20:
         shutil.rmtree(output)

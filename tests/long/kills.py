@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tiny
 
-from engine.checkpoints import newest_checkpoint
+from engine.model.loading import newest_checkpoint
 
 KINDS = {  # name: (processes, of those killed, share of the kills)
     "one process, at any moment": (1, 1, 0.4),

@@ -28,9 +28,9 @@ from shared import ROOT, byte_tokenizer, make_config, tiny_model, write_lines
 import evaluate
 import invert4tvg
 import rewards
-from engine.checkpoints import newest_checkpoint
-from engine.runtime import launch
-from engine.verbs import verbs
+from engine.model.loading import newest_checkpoint
+from engine.program.launch import launch
+from engine.words.verbs import verbs
 
 
 def make(folder, **changes):

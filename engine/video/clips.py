@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 
 from torch.utils.data import DataLoader, Dataset
 
-from engine.runtime import now
-from engine.settings import UserError
-from engine.video import Clip, VideoError, check_start, read_video
-from engine.workers import begin_worker
+from engine.program.ranks import current
+from engine.program.settings import UserError
+from engine.video.frames import Clip, VideoError, check_start, read_video
+from engine.video.workers import begin_worker
+
+PATIENCE = 600.0  # seconds after which a video that is still being decoded is an error
 
 
 @dataclass
@@ -82,10 +84,10 @@ class Clips(Dataset):
         return Item(index, task, None, failures)
 
 
-def read_ahead(clips: Clips, batches, workers: int, patience: float):
+def read_ahead(clips: Clips, batches, workers: int):
     """For each of `batches`, a list of candidates, yield the list of its Items; `workers` processes decode ahead.
 
-    Raises UserError, which names the videos, when a batch has not come after `patience` seconds or a worker has died.
+    Raises UserError, which names the videos, when a batch has not come after ten minutes or a worker has died.
     """
     expected = collections.deque()  # the batches that workers were asked for, oldest first
 
@@ -96,7 +98,7 @@ def read_ahead(clips: Clips, batches, workers: int, patience: float):
 
     of_workers = {}
     if workers:
-        of_workers = {"worker_init_fn": begin_worker, "prefetch_factor": 2, "timeout": patience,
+        of_workers = {"worker_init_fn": begin_worker, "prefetch_factor": 2, "timeout": PATIENCE,
                       "multiprocessing_context": _start_method()}
     loader = DataLoader(clips, batch_sampler=noted(), num_workers=workers, collate_fn=_unchanged, **of_workers)
     with _quiet_start():
@@ -110,11 +112,11 @@ def read_ahead(clips: Clips, batches, workers: int, patience: float):
             if "DataLoader" not in str(error):
                 raise
             first = [candidates[0] for candidates in expected[0]]
-            now.videos = sorted({clips.samples[index].video for index, _ in first})
-            raise UserError(f"{', '.join(now.videos)}: not decoded within {patience:g} seconds, or a worker was killed "
-                            "(by a lack of memory, say); look at the files, --workers and --clip-timeout.") from error
+            current.videos = sorted({clips.samples[index].video for index, _ in first})
+            raise UserError(f"{', '.join(current.videos)}: not decoded within {PATIENCE:g} seconds, or a worker was "
+                            "killed (by a lack of memory, say); look at the files, or lower --workers.") from error
         expected.popleft()
-        now.videos = [clips.samples[item.index].video for item in items]
+        current.videos = [clips.samples[item.index].video for item in items]
         yield items
 
 

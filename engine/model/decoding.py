@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.attention import embed, pack_prompts, run_language_model, visual_features
+from engine.model.attention import embed, pack_prompts, run_language_model, visual_features
 
 ROOM = 2**28  # bytes; a recording takes some 20 MiB
 
@@ -127,8 +127,6 @@ def scores(query, key):
 
 
 # ------------------------------------------------------------------------------------------------ one step
-
-
 def advance(model, caches, through_layer, token, position):
     """Tokens (N,) at positions (3, N, 1) -> hidden states (N, H)."""
     text = model.model.language_model

@@ -4,8 +4,10 @@ import mmap
 
 import torch
 
-from engine.settings import UserError
+from engine.program.settings import UserError
 
+BETAS = (0.9, 0.999)  # Section 3.1
+EPSILON = 1e-8  # Section 3.1
 SLICE = 2**24  # numbers that are updated at a time: 64 MiB in float32
 
 
@@ -14,9 +16,8 @@ def sharded_adamw(model, config):
     from torch.distributed.optim import ZeroRedundancyOptimizer  # not above: a mistyped option should not wait for it
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    return ZeroRedundancyOptimizer(trained, optimizer_class=MasterAdamW, lr=config.peak_lr(), betas=config.betas,
-                                   eps=config.adam_eps, weight_decay=config.weight_decay,
-                                   offload=config.offload_optimizer)
+    return ZeroRedundancyOptimizer(trained, optimizer_class=MasterAdamW, lr=config.peak_lr(),
+                                   weight_decay=config.weight_decay, offload=config.offload_optimizer)
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -29,8 +30,8 @@ class MasterAdamW(torch.optim.Optimizer):
     is computed as without, so the results are equal bit for bit.
     """
 
-    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, offload=False):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, offload=offload))
+    def __init__(self, params, lr, weight_decay=0.0, offload=False):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, offload=offload))
         self.room = None  # with `offload`: {p: tensors for its state}
 
     @torch.no_grad()
@@ -81,12 +82,12 @@ def state_tensors(p):
 def update(weight, grad, exp_avg, exp_avg_sq, master=None, *, step, group):
     """One AdamW step in place; all but a bfloat16 `weight` are float32."""
     lr = group["lr"]
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = BETAS
     full = weight if master is None else master
     full.mul_(1 - lr * group["weight_decay"])
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    deviation = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    deviation = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(EPSILON)
     full.addcdiv_(exp_avg, deviation, value=-lr / (1 - beta1**step))
     if master is not None:
         weight.copy_(master)

@@ -1,31 +1,16 @@
-"""How a run fits onto small cards: low-rank adapters (LoRA), and the settings of memory.
+"""Low-rank adapters (LoRA), with which a run fits onto smaller cards.
 
-LoRA (Hu et al., 2021) leaves a weight W as it is and adds alpha / rank * B A, of which A (rank, in) and B (out, rank)
+Hu et al. (2021): it leaves a weight W as it is and adds alpha / rank * B A, of which A (rank, in) and B (out, rank)
 alone are trained. With its adapters switched off the model is the reference of the KL, so there is no second copy.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from engine.settings import flag
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class MemorySettings:
-    """Settings by which a run needs less memory of a card."""
-
-    offload_optimizer: bool = flag(False, "keep the optimiser's state in host memory, 12 bytes a trained parameter "
-                                   "over all processes of a node; equal bit for bit, slower by two copies a step",
-                                   free=True)
-    lora_rank: int = flag(0, "train adapters of this rank instead of the language model's own weights (LoRA), with a "
-                          "larger --lr; 0: the weights", least=0, unless="train_vision")
-    lora_alpha: float = flag(32.0, "an adapter counts alpha / rank times", above=0, needs="lora_rank")
-    lora_targets: tuple = flag(TARGETS, "layers that get an adapter", choices=TARGETS, needs="lora_rank")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # layers that get an adapter
+ALPHA = 32.0  # an adapter counts ALPHA / rank times; what it does to a step, --lr does too
 
 
 class Adapted(nn.Linear):
@@ -54,14 +39,14 @@ class Adapted(nn.Linear):
         return (self.weight.float() + self.scale * adapter).to(self.weight.dtype).cpu()
 
 
-def add_adapters(model, settings):
-    """Give the language model's `lora_targets` adapters, which alone are trained from here on."""
+def add_adapters(model, rank, seed):
+    """Give the language model's TARGETS adapters of a rank, which alone are trained from here on."""
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(seed)
     for parent in list(model.model.language_model.modules()):
         for name, child in list(parent.named_children()):
-            if name in settings.lora_targets:
-                setattr(parent, name, Adapted(child, settings.lora_rank, settings.lora_alpha, generator))
+            if name in TARGETS:
+                setattr(parent, name, Adapted(child, rank, ALPHA, generator))
 
 
 class WithoutAdapters(nn.Module):
@@ -71,6 +56,7 @@ class WithoutAdapters(nn.Module):
         super().__init__()
         self.policy = policy
 
+    @torch.no_grad()
     def forward(self, *inputs):
         with switched_off(self.policy):
             return self.policy(*inputs)

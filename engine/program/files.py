@@ -1,19 +1,17 @@
-"""Files that a crash cannot spoil: flushed writes, checksums, the lock of an output folder, strict JSON."""
+"""Files that a crash cannot spoil: flushed writes, the lock of an output folder, strict JSON."""
 
 import contextlib
 import datetime
 import errno
 import fcntl
-import hashlib
 import json
 import math
 import os
 import socket
 from pathlib import Path
 
-from engine.settings import UserError
+from engine.program.settings import UserError
 
-MANIFEST = "manifest.json"  # of a checkpoint: the size and the SHA-256 of every other file in it
 LOCK = "run.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that know no locks
 
@@ -62,73 +60,7 @@ def iteration_of(folder) -> int | None:
     return int(number) if number.isdecimal() else None
 
 
-def cut_log(path, start):
-    """Cut a jsonl where the lines of iteration `start` begin, or where a crash has cut a line off.
-
-    Raises UserError where a line before that place is no line of a log.
-    """
-    end = 0
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.endswith(b"}\n"):
-                break
-            try:
-                if json.loads(line)["iteration"] >= start:
-                    break
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{path}: holds a line that is no log's ({error!r}); mend it, or move the file away."
-                                ) from error
-            end += len(line)
-    os.truncate(path, end)
-
-
-# ------------------------------------------------------------------------------------------------ checksums
-
-
-def seal(paths) -> dict:
-    """Flush files -> {name: {"bytes", "sha256"}}, an entry of a manifest for each."""
-    entries = {}
-    for path in paths:
-        flush(path)
-        entries[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    return entries
-
-
-def damage(folder, part=0, parts=1) -> str | None:
-    """How a checkpoint's files differ from its manifest, in words; None if they do not.
-
-    Sizes are compared first. Of the checksums this reads every `parts`-th file, beginning with number `part`.
-    """
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in sorted(files.items())}
-    except OSError as error:
-        return f"{MANIFEST} cannot be read: {error.strerror}"
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return f"{MANIFEST} is no manifest"
-    for name, (size, _) in expected.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-    for name in list(expected)[part::parts]:
-        try:
-            if _sha256(folder / name) != expected[name][1]:
-                return f"{name} has another checksum than when it was written"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-    return None
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------ one output, one run
-
-
 @contextlib.contextmanager
 def locked(folder):
     """Hold the lock of an output folder. Raises UserError, which names host and process, while another one holds it.

@@ -20,18 +20,7 @@ import torch
 from torch import nn
 
 
-class Prompt(NamedTuple):
-    """One prompt with its video, on the model's device."""
-
-    ids: torch.Tensor  # (P,) token ids
-    positions: torch.Tensor  # (3, P) from prompts.position_ids
-    patches: torch.Tensor  # (patches, 1176) from prompts.patchify; 1176 = 3 channels x 2 frames x 14 x 14 pixels
-    grid: torch.Tensor  # (1, 3) frames / 2, height / 14, width / 14
-
-
 # ------------------------------------------------------------------------------------------------ the model's input
-
-
 def visual_features(model, prompts):
     """Run the vision tower -> a list of B tensors (visual tokens, H)."""
     features = []
@@ -42,6 +31,12 @@ def visual_features(model, prompts):
         grids = torch.cat([prompt.grid for prompt in group])
         features += model.get_video_features(patches, grids).pooler_output  # transformers 5 keeps the list there
     return features
+
+
+@torch.no_grad()
+def frozen_features(model, prompts):
+    """`visual_features` without gradients, for sampling, and for all passes of a tower that is not trained."""
+    return visual_features(model, prompts)
 
 
 def embed(model, prompts, features, completion_ids=None):
@@ -72,8 +67,6 @@ def run_language_model(model, embeddings, positions, attention):
 #     prompt_cells  0 1 2     own_cells  5 .     where in the row each cell of a padded batch stands;
 #                   3 4 .                6 7     "." is padding and holds some valid index
 #     row_cells     0 1 2 3 4 6 8 9              the way back: the cell, counted over both batches, of each token
-
-
 class Prefill(NamedTuple):
     """Prompts alone. Every layer's keys and values are kept for the decoding that follows."""
 
@@ -199,8 +192,6 @@ def _numbered(is_token):
 
 
 # ------------------------------------------------------------------------------------------------ inside transformers
-
-
 def group_attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """The language model's attention, in the form that transformers calls; see `run_language_model`."""
     return attention_mask.attend(module.layer_idx, query, key, value, scaling), None

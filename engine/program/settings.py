@@ -1,21 +1,14 @@
-"""A dataclass as the command line of a program: every field is an option with its default, limits and explanation.
-
-Behind it: options that earlier calls noted, and objects that options name by their place.
-"""
+"""A dataclass as the command line of a program: every field is an option with its default, limits and explanation."""
 
 import argparse
 import dataclasses
 import functools
-import importlib
-import json
 import math
 import os
 import shlex
 import sys
 from dataclasses import field
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
 LARGEST = 1e30  # of any option: float32, in which tensors are computed, ends at 3.4e38
 
 
@@ -131,103 +124,3 @@ def _add_option(parser, f):
         shown = "" if f.default is None else str(f.default)
     text = f.metadata["help"] + (f" [{shown}]" if shown else "")
     parser.add_argument(option(f.name), help=text, **arguments)
-
-
-# ------------------------------------------------------------------------------------------------ earlier calls
-
-GONE = {"reward_weights": []}  # options of earlier versions, with their defaults then
-
-
-def as_today(options):
-    """The options that an earlier call noted -> the same in today's words.
-
-    One that is gone and had its default is left out, and a reward without a place was one of papers/rewards.py.
-    """
-    options = {name: value for name, value in options.items() if name not in GONE or value != GONE[name]}
-    reward = options.get("tvg_reward", "iou")
-    if reward != "iou" and "." not in reward:
-        options["tvg_reward"] = f"papers.rewards.{reward}"
-    return options
-
-
-def changed_options(before, settings):
-    """The options, free ones left out, in which `settings` differ from what a JSON file of an earlier call holds.
-
-    An option that the file lacks counts as its default: it is newer than that call.
-    """
-    defaults = {f.name: f.default for f in dataclasses.fields(settings)}
-    defaults, now = (json.loads(json.dumps(x)) for x in (defaults, dataclasses.asdict(settings)))  # tuples become lists
-    free = {f.name for f in dataclasses.fields(settings) if f.metadata["free"]}
-    before = defaults | as_today(before)
-    return [option(name) for name in before if name not in free and (name not in now or before[name] != now[name])]
-
-
-# ------------------------------------------------------------------------------------------------ objects by name
-
-
-def look_up(option, name, table, kind):
-    """The object of a name: that of `table`, or for MODULE.NAME the one of class `kind` in that module.
-
-    The module is imported; it may lie in the current folder. Raises UserError, which begins with `option` and the name.
-    """
-    if name in table:
-        return table[name]
-    wanted = f"a rewards.{kind.__name__}"
-    module, _, attribute = name.rpartition(".")
-    if not module or not all(word.isidentifier() for word in name.split(".")):
-        raise UserError(f"{option} {name}: is not among {', '.join(table)}; give one of these, or MODULE.NAME of "
-                        f"{wanted}.")
-    if "" not in sys.path:
-        sys.path.append("")  # the current folder: last, so that no file in it takes the place of another module
-    try:
-        found = importlib.import_module(module)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            raise UserError(f"{option} {name}: there is no module {module}; put {module.replace('.', '/')}.py into the "
-                            "current folder, or correct the name.") from error
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{option} {name}: the module {module} cannot be imported ({reason}); mend it.") from error
-    if not hasattr(found, attribute):
-        place = getattr(found, "__file__", None) or module
-        raise UserError(f"{option} {name}: {place} has no {attribute}; define {wanted} of this name there, or correct "
-                        "the name.")
-    value = getattr(found, attribute)
-    if not isinstance(value, kind):
-        raise UserError(f"{option} {name}: is of the class {type(value).__name__}; name {wanted}.")
-    return value
-
-
-def is_ours(name, record):
-    """Whether MODULE.NAME is in a file of this repository, in its top folder or in one with an __init__.py.
-
-    A folder that holds the `record` itself does not count: a checkpoint may lie here, with modules of its own.
-    """
-    *folders, file, _ = name.split(".")
-    place = ROOT
-    for folder in folders:
-        place /= folder
-        if not (place / "__init__.py").is_file() or Path(record).resolve().is_relative_to(place.resolve()):
-            return False
-    return (place / f"{file}.py").is_file()
-
-
-def inherited(record, noted, given, cls):
-    """Of the options that a checkpoint's `record`, a file, notes, those that are not `given` on the command line.
-
-    Prints those that are no default of `cls`. Raises UserError where one names an object from outside this repository:
-    what is imported, a checkpoint from elsewhere must not decide.
-    """
-    taken = {name: value for name, value in noted.items() if name not in given}
-    texts = []
-    for name, value in taken.items():
-        words = value if isinstance(value, tuple) else (value,)
-        text = " ".join([option(name), *map(str, words)])
-        for word in words:
-            if isinstance(word, str) and "." in word and not is_ours(word, record):
-                raise UserError(f"{record}: names {word}, which is not of this repository and is imported only where "
-                                f"the command line names it; if you trust it, give {text}.")
-        if value != getattr(cls, name):
-            texts.append(text)
-    if texts and os.environ.get("RANK", "0") == "0":
-        print(f"from {record}, where the command line does not say otherwise: {' '.join(texts)}")
-    return taken

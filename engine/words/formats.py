@@ -118,7 +118,6 @@ def _listed(keys):
 
 
 # ------------------------------------------------------------------------------------------------ rows
-
 ROW_ERRORS = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 

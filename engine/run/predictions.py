@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from engine.files import write_text
-from engine.settings import UserError, changed_options
+from engine.program.earlier import changed_options
+from engine.program.files import write_text
+from engine.program.settings import UserError
 
 VISIBLE = 90  # seconds after which a network file system shows what another node has written: NFS lists anew after 60
 

@@ -1,5 +1,6 @@
 """Several processes: gradients are averaged over them, and the frozen reference is shared out."""
 
+import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -47,4 +48,5 @@ def frozen_reference(reference, keep_tower):
         mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
         for part in (*parts, reference):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    reference.forward = torch.no_grad()(reference.forward)
     return reference

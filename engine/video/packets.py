@@ -1,7 +1,7 @@
 """What a video's packets tell before decoding: when its pictures are shown, when they end, which ones to decode.
 
-Times are seconds from the player's zero; stamps are times in the stream's own units. `video` is engine/video.py's
-view of the file.
+Times are seconds from the player's zero; stamps are times in the stream's own units. `video` is a
+stream.Stream.
 """
 
 import math

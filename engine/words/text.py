@@ -1,6 +1,7 @@
 """The one form in which queries and answers are compared. Pure text: no tagger and no tensors."""
 
 
+
 def normalize_query(text: str) -> str:
     """The one form of a query in training and evaluation: stripped, on one line, lower case, no final full stop.
 

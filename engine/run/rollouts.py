@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from engine.annotations import demonstration_row
-from engine.files import strict_json
+from engine.program.files import strict_json
+from engine.words.samples import demonstration_row
 
 
 def append_rollouts(output, iteration, task, samples, texts, scores, ended, batches):

@@ -1,0 +1,1 @@
+"""Words: annotation files, queries, their verbs."""
