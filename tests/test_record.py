@@ -11,8 +11,8 @@ import pytest
 from shared import log_of, train
 
 from engine.model.loading import newest_checkpoint
-from engine.program import launch
 from engine.program.settings import UserError
+from engine.run import log
 from engine.run.card import model_card
 from engine.run.log import open_boards
 
@@ -74,7 +74,7 @@ def test_a_run_that_goes_on_keeps_its_curves_at_wandb_however_its_folder_is_writ
     runs = []
     package = SimpleNamespace(init=lambda **settings: runs.append(settings), Error=OSError)
     monkeypatch.setitem(sys.modules, "wandb", package)
-    monkeypatch.setattr(launch, "at_exit", [])
+    monkeypatch.setattr(log, "at_exit", [])
     monkeypatch.chdir(tmp_path)
     for output in ("run", str(tmp_path / "run"), "other/../run", "other/run"):
         open_boards(dataclasses.replace(config, output=output, log_to=("wandb",)), 0)
@@ -102,7 +102,7 @@ def test_boards_get_every_line_of_the_log(config, monkeypatch):
             shown.extend(("wandb", settings["name"], settings["resume"], step, *item) for item in metrics.items())
         return SimpleNamespace(log=log, finish=None)
 
-    monkeypatch.setattr(launch, "at_exit", [])
+    monkeypatch.setattr(log, "at_exit", [])
     for name, contents in (("torch.utils.tensorboard", {"SummaryWriter": Writer}), ("wandb", {"init": init})):
         module = ModuleType(name)
         vars(module).update(contents)
