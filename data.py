@@ -25,7 +25,7 @@ from engine.video.frames import MAX_FRAME_PIXELS, MAX_PIXELS, MIN_FRAME_PIXELS, 
 from engine.words.annotations import WINDOWS, load_annotations, load_demonstrations
 from engine.words.english import count_coverage
 from engine.words.finding import report_missing
-from engine.words.samples import Sample, named, prepare_training
+from engine.words.samples import Sample, clamp_to_videos, rows_in_words
 
 MAX_ATTEMPTS = 8  # draws for one slot before unreadable videos stop the run
 
@@ -34,7 +34,7 @@ MAX_ATTEMPTS = 8  # draws for one slot before unreadable videos stop the run
 
 @dataclass(frozen=True)
 class Settings:
-    """What training and evaluation have in common. Each field is a command-line option (engine/program/settings.py)."""
+    """What training and evaluation have in common. Each field is an option; invert4tvg.Config says how to read one."""
 
     model: str = flag("Qwen/Qwen2.5-VL-3B-Instruct", "hub id, checkpoint folder, or a run's --output (its newest "
                       "checkpoint); Section 3.1")
@@ -43,11 +43,12 @@ class Settings:
                             unless="demonstrations")
     videos: str = flag("data/videos", "folder of the video files")
     output: str = flag("runs/invert4tvg", "folder for everything this run writes", free=True)
-    windows: str = flag("each", "QVHighlights alone: each relevant window is a row; or each query, whose best window "
-                        "counts; or each query with a single one", choices=WINDOWS)
+    windows: str = flag("each", "QVHighlights alone, whose queries have one window or several. each: a window is a "
+                        "row; best: a query is, and its best window counts; single: a query of one window is",
+                        choices=WINDOWS)
     allow_missing_videos: bool = flag(False, "go on when video files are missing", free=True)
     fps: float = flag(2.0, "frames sampled a second; Section 3.1", above=0)
-    max_pixels: int = flag(MAX_PIXELS, "a video's visual tokens x 784: 3,584 tokens, each of 28 x 28 pixels of two "
+    max_pixels: int = flag(MAX_PIXELS, "most of a video: its visual tokens x 784, since one is 28 x 28 pixels of two "
                            "frames; released code (Appendix C: about 2.8 million)", above=0)
     min_frame_pixels: int = flag(MIN_FRAME_PIXELS, "least pixels of a frame; wins over --max-pixels; released code",
                                  above=0)
@@ -71,12 +72,14 @@ class Settings:
 
     def grounding(self) -> rewards.Grounding:
         """What grounding is asked for and rewarded with."""
-        found = rewards.grounding(self.tvg_reward)
-        return found if self.tvg_format == "think" else found._replace(format=rewards.FORMATS[self.tvg_format])
+        grounding = rewards.grounding(self.tvg_reward)
+        if self.tvg_format == "think":
+            return grounding
+        return grounding._replace(format=rewards.FORMATS[self.tvg_format])
 
-    def scoring(self) -> dict:
-        """The settings of `rewards.score` with which answers are measured."""
-        return {"grounding": self.grounding(), "inversion_format": self.inversion_format, "vd_match": self.vd_match}
+    def scoring(self) -> rewards.Scoring:
+        """With what answers are measured."""
+        return rewards.Scoring(self.grounding(), self.inversion_format, vd_match=self.vd_match)
 
     def check(self):
         """Raise UserError for a value that cannot be meant."""
@@ -113,18 +116,18 @@ def load_samples(settings: Settings, path: str = "", videos: str = "", option: s
 
 
 def load_training(settings) -> tuple[list[Sample], None, None]:
-    """The samples to train on: present on disk, ends clamped, none empty, with printed counts. Raises UserError.
+    """The samples to train on: on disk, ends clamped to the video's, none empty. Prints counts. Raises UserError.
 
-    Completions and tasks, as of `load_imitated`, there are none.
+    Unlike `load_imitated`, it returns no completions and no tasks.
     """
-    present = [sample for sample in load_samples(settings) if Path(sample.video).is_file()]
-    samples, clamped, dropped = prepare_training(present)
-    say(f"{settings.annotations}: {len(samples)} samples; {clamped} ends clamped to the video's, {len(dropped)} rows "
-        f"dropped for start >= end{named(dropped)}")
+    on_disk = [sample for sample in load_samples(settings) if Path(sample.video).is_file()]
+    samples, clamped, empty = clamp_to_videos(on_disk)
+    say(f"{settings.annotations}: {len(samples)} samples; {clamped} ends clamped to the video's, {len(empty)} rows "
+        f"dropped for start >= end{rows_in_words(empty)}")
     if settings.grounding().needs_duration:
-        timed = [sample for sample in samples if sample.duration]
-        say(f"{len(samples) - len(timed)} rows dropped whose video states no duration")
-        samples = timed
+        with_duration = [sample for sample in samples if sample.duration]
+        say(f"{len(samples) - len(with_duration)} rows dropped whose video states no duration")
+        samples = with_duration
     if not samples:
         raise UserError(f"{settings.annotations}: no row is left to train on.")
     if settings.p < 1:  # else all queries train grounding alone
@@ -140,10 +143,10 @@ def load_imitated(settings) -> tuple[list[Sample], list[str], list[str]]:
     except (OSError, ValueError) as error:
         raise UserError(f"--demonstrations {settings.demonstrations}: {error}") from error
     report_missing([d.sample for d in demonstrations], settings.allow_missing_videos)
-    present = [d for d in demonstrations if Path(d.sample.video).is_file()]
-    if not present:
+    on_disk = [d for d in demonstrations if Path(d.sample.video).is_file()]
+    if not on_disk:
         raise UserError(f"{settings.demonstrations}: no row is left to train on.")
-    return [d.sample for d in present], [d.completion for d in present], [d.task for d in present]
+    return [d.sample for d in on_disk], [d.completion for d in on_disk], [d.task for d in on_disk]
 
 
 # ------------------------------------------------------------------------------------------------ prompts
@@ -152,7 +155,8 @@ def load_imitated(settings) -> tuple[list[Sample], list[str], list[str]]:
 def build_prompt(model, processor, sample: Sample, task: str, clip: Clip, settings: Settings) -> Prompt:
     """A sample, its task and its decoded clip -> the model's input, on the model's device."""
     frames = torch.as_tensor(clip.frames, device=model.device)  # (T, 3, H, W)
-    patches, grid = patchify(frames, processor.pixels["image_mean"], processor.pixels["image_std"])  # (n, 1176), (1, 3)
+    # (n, 1176) and (1, 3): n patches of 3 channels x 2 frames x 14 x 14 pixels, and how many there are each way
+    patches, grid = patchify(frames, processor.pixels["image_mean"], processor.pixels["image_std"])
     text = prompt_text(task, sample.query, settings.inversion_format, settings.grounding())
     ids = encode_prompt(processor.tokenizer, text, visual_tokens=len(patches) // MERGE**2)
     positions = position_ids(ids, grid[0].tolist(), clip.fps, model.config.video_token_id,  # the clip's true rate
@@ -169,17 +173,18 @@ def prompt_text(task: str, query: str, inversion_format: str = "think",
         <answer> </answer> tags.
     """
     if task == "tvg":
-        asked = grounding
-        form = grounding.format
+        instruction = grounding.instruction
+        layout = grounding.format
         question = rewards.TVG_QUESTION.format(query=query)
     else:
-        asked = rewards.inversion(task)
-        form = rewards.FORMATS[inversion_format]
-        masked_query = asked.mask(query)[0] if "{masked_query}" in asked.question else ""
-        question = asked.question.format(query=query, masked_query=masked_query)
-    block = form.blocks[-1]
-    request = f"{form.thinking}{asked.instruction} within the <{block}> </{block}> tags."
-    return question + "\n" + request[0].upper() + request[1:]
+        inversion = rewards.inversion(task)
+        instruction = inversion.instruction
+        layout = rewards.FORMATS[inversion_format]
+        masked_query = inversion.mask(query)[0] if "{masked_query}" in inversion.question else ""
+        question = inversion.question.format(query=query, masked_query=masked_query)
+    block = layout.blocks[-1]
+    request = f"{layout.preamble}{instruction} within the <{block}> </{block}> tags."
+    return question + "\n" + request[0].upper() + request[1:]  # without a preamble the instruction begins the sentence
 
 
 # ------------------------------------------------------------------------------------------------ what to train on
@@ -190,28 +195,30 @@ ORDER, TASK, REDRAW, SAMPLING = range(4)  # streams of random numbers: each draw
 class TaskSampler:
     """Which samples and which task an iteration trains on (Eq. 13; Algorithm 1, lines 6-11).
 
-    Every draw is a function of (seed, iteration, slot, attempt) alone. So a run can start at any iteration, and ranks
-    need no communication. A slot is one prompt's place in an iteration. Iteration k has `prompts` slots over all ranks
-    and walks through a new permutation of the `count` samples each epoch. With probability `p` its task is "tvg", else
-    one of the inversion tasks that `suits` names, uniformly; suits[task] is a list of bool, one per sample. In an
-    inversion iteration a slot whose sample does not suit the task is redrawn among those that do; the epoch skips that
-    sample.
+    Task. With probability `p` it is "tvg", else one of the inversion tasks that `suits` names, uniformly.
 
-    `slots` are those of `rank` of `world_size`.
+    Samples. An iteration has `prompts` slots over all ranks; a slot is the place of one prompt. From iteration to
+    iteration the slots walk through the `count` samples in a random order, a new one each epoch. suits[task] says of
+    each sample whether the inversion suits it. Where it does not, the slot gets another sample that it suits, and the
+    epoch goes on without the first.
+
+    Every draw is a function of (seed, iteration, slot, attempt) alone. So a run can start at any iteration, and ranks
+    need no communication. `slots` are those of `rank` of `world_size`.
     """
 
     def __init__(self, count: int, suits: dict[str, list[bool]], prompts: int, p: float = 0.8, seed: int = 0,
                  iterations: int = 1, rank: int = 0, world_size: int = 1):
         self.count = count
         self.suits = suits
-        self.suited = {task: np.flatnonzero(suited) for task, suited in suits.items()}
+        self.rows = {task: np.flatnonzero(of_sample) for task, of_sample in suits.items()}  # those that suit
         self.prompts = prompts
         self.p = p
         self.seed = seed
         self.iterations = iterations
-        self.slots = range((rank * prompts) // world_size, ((rank + 1) * prompts) // world_size)  # this rank's share
-        for task, suited in suits.items():
-            if p < 1 and not any(suited):
+        each = prompts // world_size
+        self.slots = range(rank * each, (rank + 1) * each)
+        for task, rows in self.rows.items():
+            if p < 1 and not len(rows):
                 raise ValueError(f"no query suits the task {task} (an inversion needs a verb, or what its `suits` "
                                  "asks for); use --p 1.")
 
@@ -233,7 +240,7 @@ class TaskSampler:
         rng = np.random.default_rng([self.seed, REDRAW, iteration, slot, attempt])  # a random one that suits
         if task == "tvg":
             return int(rng.integers(self.count))
-        return int(rng.choice(self.suited[task]))
+        return int(rng.choice(self.rows[task]))
 
     def candidates(self, iteration: int, slot: int, own_tasks: list[str] | None = None) -> list[tuple[int, str]]:
         """The (sample index, task) pairs of a slot to try one after the other, while videos cannot be read.
@@ -248,7 +255,7 @@ class TaskSampler:
 def make_sampler(config, samples: list[Sample], prompts: int, rank: int, world_size: int) -> TaskSampler:
     """The sampler of a run with `prompts` an iteration. Raises UserError where no query suits an inversion task."""
     iterations = config.iterations or math.ceil(config.epochs * len(samples) / prompts)
-    p = 1.0 if config.demonstrations else config.p  # demonstrations have tasks of their own; only the order is drawn
+    p = 1.0 if config.demonstrations else config.p  # demonstrations have tasks: with p = 1 only their order is drawn
     queries = [sample.query for sample in samples]
     suits = {task: rewards.suitable(task, queries) for task in config.inversion_tasks} if p < 1 else {}
     try:

@@ -7,8 +7,8 @@ Greedy decoding, every part of it explicit: nothing is inherited from a checkpoi
 are sampled and how answers are laid out is read from the checkpoint's run.json, unless an option says otherwise.
 
 Each row's prediction is appended to a jsonl file, so an interrupted evaluation goes on where it stopped. Under torchrun
-each of W ranks takes every W-th (row, task). A row whose video cannot be read scores 0 and is listed. Every row counts
-in grounding, and every row that suits it in an inversion.
+each of W ranks takes every W-th (row, task). A row whose video cannot be read scores 0 and is named. Grounding is asked
+about every row, an inversion about those rows that it suits.
 """
 
 import json
@@ -30,22 +30,23 @@ from engine.program.earlier import as_today, inherited
 from engine.program.files import strict_json, write_text
 from engine.program.launch import launch
 from engine.program.progress import progress
-from engine.program.ranks import say
+from engine.program.ranks import gather, say
 from engine.program.settings import UserError, flag, parse_settings
 from engine.run.checkpoints import read_run
+from engine.run.comparison import format_comparison, paired_bootstrap
 from engine.run.predictions import (
-    claim_output,
-    complete_predictions,
-    format_comparison,
+    check_current,
+    check_output,
     format_metrics,
     identity,
     inversion_values,
     key_of,
-    late_rows,
+    percentages,
     read_predictions,
+    rows_after_the_end,
 )
+from engine.video import read_video
 from engine.video.clips import Clips, Item, frames_in_words, read_ahead
-from engine.video.frames import read_video
 from engine.words.annotations import WINDOWS
 from engine.words.text import normalize_query
 
@@ -79,43 +80,19 @@ def summarize(predictions: list[dict], grounding: rewards.Grounding = rewards.IO
     for p in sorted(predictions, key=lambda p: tasks.index(p["task"])):  # fixes the order of the columns
         for name, value in row_values(p, grounding).items():
             values.setdefault(name, []).append(value)
-    metrics = {name: float(np.mean(found)) for name, found in values.items()}
+    metrics = {name: float(np.mean(of_rows)) for name, of_rows in values.items()}
     metrics["rows"] = {task: counts[task] for task in tasks}
     metrics["without a span"] = sum(p["task"] == "tvg" and p["span"] is None for p in predictions)
     metrics["reversed spans"] = sum(p["span"] is not None and p["span"][0] > p["span"][1] for p in predictions)
     metrics["unreadable"] = sorted({p["error"] for p in predictions if p["error"]})
-    metrics["start after their video"] = late_rows(predictions)
+    metrics["start after their video"] = rows_after_the_end(predictions)
     return metrics
 
 
-def paired_bootstrap(ours: list[dict], theirs: list[dict], grounding: rewards.Grounding = rewards.IOU,
-                     draws: int = 10_000, seed: int = 0) -> dict[str, tuple]:
-    """Two lists of predictions of the same rows -> {metric: (ours, theirs, low, high)}, as in `row_values`.
-
-    low, high: the 95% interval of the difference when videos, the independent units, are drawn with replacement.
-    Raises UserError when the rows differ.
-    """
-    other = {key_of(p): p for p in theirs}
-    if {(*key_of(p), p["query"]) for p in ours} != {(*key_of(p), p["query"]) for p in theirs}:
-        raise UserError("the two evaluations do not hold the same rows; evaluate both on the same file and tasks.")
-    number = {video: i for i, video in enumerate(sorted({p["video"] for p in ours}))}
-    sums = {}  # metric -> (videos, 3): rows, our sum, their sum
-    for p in ours:
-        our_values = row_values(p, grounding)
-        their_values = row_values(other[key_of(p)], grounding)
-        for name in our_values.keys() & their_values.keys():
-            table = sums.setdefault(name, np.zeros((len(number), 3)))
-            table[number[p["video"]]] += (1, our_values[name], their_values[name])
-    rng = np.random.default_rng(seed)
-    videos = len(number)
-    drawn = rng.multinomial(videos, np.full(videos, 1 / videos), size=draws)  # (draws, videos): how often each
-    result = {}
-    for name, table in sorted(sums.items()):
-        drawn_rows, drawn_ours, drawn_theirs = (drawn @ table).T  # (draws, videos) @ (videos, 3): each is (draws,)
-        low, high = np.quantile((drawn_ours - drawn_theirs) / np.maximum(drawn_rows, 1), (0.025, 0.975))
-        rows, our_sum, their_sum = table.sum(axis=0)
-        result[name] = (our_sum / rows, their_sum / rows, low, high)
-    return result
+def compare_models(ours: list[dict], theirs: list[dict], grounding: rewards.Grounding = rewards.IOU,
+                   draws: int = 10_000) -> dict[str, tuple]:
+    """Predictions of the same rows by two models -> {metric: (ours, theirs, low, high)}; see `paired_bootstrap`."""
+    return paired_bootstrap(ours, theirs, lambda prediction: row_values(prediction, grounding), draws)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -148,11 +125,13 @@ class EvalSettings(data.Settings):
                 raise UserError(f"--query {query!r} says nothing; give a sentence.")
 
 
-def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dict:
-    """Predict what `output` does not hold yet, on all ranks together -> metrics (on every rank).
+def evaluate(load, samples: list[data.Sample], rows: list[int], tasks: tuple, settings: data.Settings, output,
+             completions: int = 0) -> dict:
+    """Predict what the folder `output` does not hold yet, on all ranks together -> metrics (on every rank).
 
-    `load()` gives (model, Processor) and is called only when a row is missing; `rows` are indices into `samples`. Each
-    row has one greedy completion, or `completions` sampled ones.
+    `load()` gives (model, Processor) and is called only when a prediction is missing; `rows` are indices into
+    `samples`. Each row has one greedy completion, or `completions` sampled ones. A row whose video could not be read is
+    tried again.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     output = Path(output)
@@ -160,41 +139,50 @@ def evaluate(load, samples, rows, tasks, settings, output, completions=0) -> dic
     queries = [samples[row].query for row in rows]
     jobs = []
     for task in tasks:
-        jobs += [(row, task) for row, suited in zip(rows, rewards.suitable(task, queries)) if suited]
+        jobs += [(row, task) for row, suits in zip(rows, rewards.suitable(task, queries)) if suits]
     if not jobs:
         raise UserError(f"{settings.annotations}: none of its {len(rows)} queries suits --tasks {' '.join(tasks)} (an "
                         "inversion needs an English query with a verb, or what its `suits` asks for); add tvg.")
-    wanted = set(jobs)
-    done = Counter((p["row"], p["task"]) for p in read_predictions(output, samples) if not p["error"])
+    own_jobs = set(jobs[rank::world])
+    predictions = {key_of(p): p for p in read_predictions(output, samples)
+                   if (p["row"], p["task"]) in own_jobs and not p["error"]}
     dist.barrier()  # nobody writes before everybody has read
-    jobs = [job for job in jobs[rank::world] if done[job] < max(1, completions)]  # this rank's, not yet complete
-    if jobs:
+    done = Counter((row, task) for row, task, _ in predictions)
+    missing = [job for job in jobs[rank::world] if done[job] < max(1, completions)]
+    if missing:
         model, processor = load()
-        size = settings.micro_batch
-        batches = [[[job] for job in jobs[i:i + size]] for i in range(0, len(jobs), size)]  # one candidate each
-        clips = Clips(samples, settings.clip_settings(), segments_count=False)
-        arriving = read_ahead(clips, batches, min(settings.workers, len(batches)))
-        scoring = settings.scoring()
-        block = scoring["grounding"].format.blocks[-1]
         with open(output / f"predictions.{rank}.jsonl", "a", encoding="utf-8") as file:
             file.write("\n" if file.tell() else "")  # ends a line that an interruption cut off
-            for items in progress(arriving, desc="evaluating", total=len(batches), disable=rank > 0, leave=False):
-                for item, texts in zip(items, answer(model, processor, samples, items, settings, completions)):
-                    sample = samples[item.index]
-                    for number, text in enumerate(texts):
-                        file.write(strict_json({
-                            "row": item.index, "task": item.task, "sample": number, **identity(sample),
-                            "video_end": item.clip and item.clip.end, "completion": text,
-                            "span": rewards.parse_span(text, block) if item.task == "tvg" else None,
-                            "parts": rewards.score(item.task, text, sample, **scoring),
-                            "error": item.failures[0] if item.failures else None}) + "\n")
+            for prediction in predict(model, processor, samples, missing, settings, completions):
+                line = strict_json(prediction)
+                file.write(line + "\n")
                 file.flush()
-    dist.barrier()
-    made = complete_predictions(output, samples, wanted, max(1, completions))
-    metrics = summarize(made, settings.grounding())
+                predictions[key_of(prediction)] = json.loads(line)
+    predictions = {key: p for of_rank in gather(predictions) for key, p in of_rank.items()}
+    check_current(predictions.values(), samples, output)
+    metrics = summarize([predictions[key] for key in sorted(predictions)], settings.grounding())
     if rank == 0:
         write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
+
+
+def predict(model, processor, samples, jobs, settings, completions):
+    """For each of `jobs`, (row, task), yield its predictions: `completions` of them, or for 0 a greedy one."""
+    size = settings.micro_batch
+    batches = [[[job] for job in jobs[i:i + size]] for i in range(0, len(jobs), size)]  # a list of one candidate a job
+    clips = Clips(samples, settings.clip_settings(), for_training=False)
+    arriving = read_ahead(clips, batches, min(settings.workers, len(batches)))
+    scoring = settings.scoring()
+    block = scoring.grounding.format.blocks[-1]
+    for items in progress(arriving, desc="evaluating", total=len(batches), disable=dist.get_rank() > 0, leave=False):
+        for item, texts in zip(items, answer(model, processor, samples, items, settings, completions)):
+            sample = samples[item.index]
+            for number, text in enumerate(texts):
+                yield {"row": item.index, "task": item.task, "sample": number, **identity(sample),
+                       "video_end": item.clip and item.clip.end, "completion": text,
+                       "span": rewards.parse_span(text, block) if item.task == "tvg" else None,
+                       "parts": rewards.score(item.task, text, sample, scoring),
+                       "error": item.failures[0] if item.failures else None}
 
 
 def answer(model, processor, samples, items, settings, completions) -> list[list[str]]:
@@ -204,17 +192,18 @@ def answer(model, processor, samples, items, settings, completions) -> list[list
     of processes, and without interruption.
     """
     G = max(1, completions)
-    readable = [item for item in items if item.clip]
-    texts = []
+    texts = [[""] * G for _ in items]
+    readable = [n for n, item in enumerate(items) if item.clip]
     if readable:
-        prompts = [data.build_prompt(model, processor, samples[item.index], item.task, item.clip, settings)
-                   for item in readable]
+        prompts = [data.build_prompt(model, processor, samples[items[n].index], items[n].task, items[n].clip, settings)
+                   for n in readable]
         generator = torch.Generator(model.device).manual_seed(items[0].index)
         rollout = grpo.sample_group(model, prompts, G, settings.max_new_tokens, processor.eos, processor.banned,
                                     temperature=1.0 if completions else 0.0, generator=generator)
-        texts = completion_texts(processor.tokenizer, rollout)
-    texts = iter(texts)
-    return [[next(texts) if item.clip else "" for _ in range(G)] for item in items]
+        of_prompts = completion_texts(processor.tokenizer, rollout)  # prompt by prompt, G of each
+        for place, n in enumerate(readable):
+            texts[n] = of_prompts[place * G:(place + 1) * G]
+    return texts
 
 
 def evenly_spaced(n: int, limit: int) -> list[int]:
@@ -234,7 +223,7 @@ def measure(model, processor, held_out, config, iteration, log):
     settings = replace(config, micro_batch=max(4, config.micro_batch))  # eight would take more memory than training
     tasks = tuple(dict.fromkeys((*rewards.TASKS, *config.inversion_tasks)))
     metrics = evaluate(lambda: (model, processor), held_out, rows, tasks, settings, output)
-    log.write(iteration, "eval", {name: value for name, value in metrics.items() if isinstance(value, float)})
+    log.write(iteration, "eval", percentages(metrics))
     say(f"iteration {iteration}\n{format_metrics(metrics)}")
 
 
@@ -276,8 +265,8 @@ def search_video(settings: EvalSettings, device):
         sample = data.Sample(settings.video, normalize_query(query), 0.0, 0.0)
         [[text]] = answer(model, processor, [sample], [Item(0, "tvg", clip)], settings, completions=0)
         span = rewards.parse_span(text, block)
-        found = f"{span[0]:g} to {span[1]:g} s" if span else "no span"
-        say(f"\n{sample.query}: {found}\n{text}")
+        when = f"{span[0]:g} to {span[1]:g} s" if span else "no span"
+        say(f"\n{sample.query}: {when}\n{text}")
 
 
 def main(settings: EvalSettings, device):
@@ -287,7 +276,7 @@ def main(settings: EvalSettings, device):
     if settings.against and not read_predictions(settings.against):
         raise UserError(f"--against {settings.against}: holds no predictions; give the --output of another evaluation.")
     folder = find_model(settings.model)
-    claim_output(settings, fingerprint(folder))  # a run's --output may hold a newer checkpoint by now
+    check_output(settings, fingerprint(folder))  # a run's --output may hold a newer checkpoint by now
     say(f"model: {folder}")
     rows = evenly_spaced(len(samples), settings.limit)
     metrics = evaluate(lambda: load_model(folder, device), samples, rows, settings.tasks, settings, settings.output,
@@ -299,7 +288,7 @@ def main(settings: EvalSettings, device):
     if settings.against:
         ours = read_predictions(settings.output, samples)
         theirs = read_predictions(settings.against, samples)
-        say(format_comparison(paired_bootstrap(ours, theirs, settings.grounding())))
+        say(format_comparison(compare_models(ours, theirs, settings.grounding())))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """GRPO by hand: advantages within a group, the clipped loss with KL, sampling, and log-probabilities.
 
 A group is one prompt (a video and a question) with G completions. Each is sampled, rewarded, and compared with the
-others of its group; the policy then moves towards those that did better. Read from top to bottom: first the
-arithmetic (Eq. 3 and 4), which is plain tensors, then the two functions that run the model.
+others of its group; the policy then moves towards those that did better. First comes the arithmetic (Eq. 3 and 4),
+which is plain tensors, then the two functions that run the model.
 
-A group shares one long video prompt, so everything up to the prompt's last token is computed once per prompt, never
-once per completion. Sampling runs the vision tower and the prompt once and lets all completions read the prompt's
-keys and values (engine/model/decoding.py). Training packs B groups into one row
+A group shares one long video prompt, so everything up to its last token is computed once. While sampling, all
+completions read the prompt's keys and values (engine/model/decoding.py). Training packs B groups into one row
 
     [ prompt_1 ] ... [ prompt_B ][ o_1 ][ o_2 ] ... [ o_N ]
 
-in which each o_i attends to its prompt and to itself (engine/model/attention.py). The result equals N separate rows
+in which each o_i attends to its prompt and to itself (engine/model/attention.py): equal to N separate rows
 (tests/test_attention.py) for 1/G of the prompts' work.
 
 Shapes: B prompts, G completions of each, N = B * G, P prompt tokens, C completion tokens (padded on the right to the
@@ -27,7 +26,7 @@ from engine.model.attention import embed, pack, run_language_model, visual_featu
 from engine.model.decoding import Decoder
 from engine.model.prompts import Prompt
 
-MAX_LOGITS_AT_ONCE = 2**25  # 128 MiB in float32: 220 positions of Qwen2.5-VL's vocabulary of 151,936
+MAX_LOGITS_AT_ONCE = 2**25  # 220 positions of Qwen2.5-VL's vocabulary: 128 MiB in float32, and each copy as much
 
 # ------------------------------------------------------------------------------------------------ advantages and loss
 
@@ -35,7 +34,8 @@ MAX_LOGITS_AT_ONCE = 2**25  # 128 MiB in float32: 220 positions of Qwen2.5-VL's 
 def group_advantages(rewards: Tensor) -> Tensor:
     """(B, G) rewards -> (B, G) advantages: (r - mean) / (std + 1e-4) within each group, unbiased std (Eq. 3).
 
-    A group of equal rewards has advantage 0: it teaches nothing. Raises ValueError for groups of one.
+    A group of equal rewards has advantage 0: it teaches nothing, and needs the 1e-4 (released code) for its division.
+    Raises ValueError for groups of one.
     """
     if rewards.shape[1] < 2:
         raise ValueError("a group needs at least two completions to compare; use --group-size 2 or more.")
@@ -51,7 +51,7 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advant
 
     `logps`, `old_logps`, `ref_logps` and `mask` are (N, C), `advantages` (N,). `mask` is True on completion tokens.
     `ref_logps` None leaves the KL penalty out. `reduction` "completion" is the mean over each completion's tokens, then
-    over completions; "token" is the mean over all tokens, as in the released code.
+    over completions; "token" is the mean over all tokens given here, as in the released code.
 
     Paper: Eq. 3 has one ratio per sequence, its clipping left out. Here each token has one, clipped as in PPO.
     """
@@ -66,18 +66,17 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advant
 
     ratio = torch.exp(logps - old_logps)  # pi_theta / pi_old, Eq. 3
     clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon)
-    # The smaller of the two, whatever the advantage's sign: clipping may only take gain away.
+    # The smaller of the two: beyond the clip no gain is left, while a loss counts in full.
     per_token = -torch.minimum(ratio * advantages, clipped * advantages)
     is_low = (ratio < 1 - clip_epsilon) & (advantages < 0)
     is_high = (ratio > 1 + clip_epsilon) & (advantages > 0)
     metrics = {"clip_low": mean(is_low.float()).item(), "clip_high": mean(is_high.float()).item()}
 
     if ref_logps is not None:
-        # Eq. 4. Its value is the k3 estimate of KL(pi_theta || pi_ref): never negative, of low variance. On samples of
-        # the policy itself its gradient, (1 - pi_ref / pi_theta) times that of logps, is KL(pi_ref || pi_theta)'s, as
-        # everywhere in GRPO. The plain difference logps - ref_logps (k1) cannot stand here: its expected gradient is 0.
+        # Eq. 4: the k3 estimate of KL(pi_theta || pi_ref), never negative and of low variance. As a loss the plain
+        # difference logps - ref_logps (k1) would do nothing: its expected gradient is 0 (docs/reading.md).
         gap = ref_logps - logps
-        gap = gap.clamp(max=20.0)  # beyond, one token would be the whole loss; by the clamp it has no KL gradient
+        gap = gap.clamp(max=20.0)  # exp(20) is 5e8: a token further off would be the whole loss; now it has no gradient
         kl = torch.exp(gap) - gap - 1
         per_token = per_token + kl_coef * kl
         metrics["kl"] = mean(kl).item()
@@ -99,8 +98,7 @@ class Rollout(NamedTuple):
 def scaled_logits(model: nn.Module, hidden: Tensor, temperature: float, banned: Tensor) -> Tensor:
     """(..., H) -> (..., V) float32 logits over temperature; one function for sampling and training, so both agree.
 
-    `banned` ids (the video and image pads, which would ask for video features) get the lowest finite value: with -inf
-    the entropy would be nan.
+    `banned` ids (control tokens, and those that no text spells) get the lowest finite value: -inf makes entropy nan.
     """
     logits = model.lm_head(hidden).float() / temperature
     return logits.index_fill(-1, banned, torch.finfo(torch.float32).min)
@@ -112,8 +110,8 @@ def sample_group(model: nn.Module, prompts: list[Prompt], G: int, max_new_tokens
                  features: list[Tensor] | None = None) -> Rollout:
     """Sample G completions of each of B prompts together: the o_1 ... o_G of Eq. 3.
 
-    A completion ends with an id of `eos` (1-D) or after `max_new_tokens`. `temperature` 0 decodes greedily, and its
-    log-probabilities are those of temperature 1. `features` are the videos' `visual_features`, if they are there.
+    A completion ends with an id of `eos` (1-D) or after `max_new_tokens`. `temperature` 0 decodes greedily; its
+    log-probabilities are those of temperature 1. `features`, (visual tokens, H) a prompt, save the tower's pass.
     """
     was_training = model.training
     model.eval()  # also switches gradient checkpointing off
@@ -131,7 +129,8 @@ def sample_group(model: nn.Module, prompts: list[Prompt], G: int, max_new_tokens
         if temperature == 0:
             token = all_logps.argmax(dim=-1, keepdim=True)  # (N, 1)
         else:
-            token = torch.multinomial(all_logps.exp().nan_to_num_(1.0), 1, generator=generator)  # NaN: no step follows
+            # NaN would end the program here; as it is, the loss will be NaN and the step left out.
+            token = torch.multinomial(all_logps.exp().nan_to_num_(1.0), 1, generator=generator)
         logp = all_logps.gather(1, token).squeeze(1)  # (N,)
         token = token.squeeze(1)
         live = ~ended
@@ -143,7 +142,7 @@ def sample_group(model: nn.Module, prompts: list[Prompt], G: int, max_new_tokens
             break
         hidden = decoder.step(token)
     model.train(was_training)
-    length = step + 1
+    length = int(mask.sum(dim=1).max())  # of the longest completion
     return Rollout(ids[:, :length], logps[:, :length], mask[:, :length], ended)
 
 
@@ -158,7 +157,7 @@ def group_logps(model: nn.Module, prompts: list[Prompt], ids: Tensor, mask: Tens
     where the vision tower is frozen; without them it runs here, with gradients if it is trained.
     """
     features = features or visual_features(model, prompts)
-    # predictor[k]: the place in the row whose hidden state predicts the k-th token of ids[mask], the one before it
+    # The hidden state before a token predicts it: predictor[k] is its place in the row, for the k-th of ids[mask].
     attention, positions, predictor = pack(prompts, mask)
     row = embed(model, prompts, features, ids[mask])
     hidden = run_language_model(model, row, positions, attention)[0, predictor]  # (tokens of all completions, H)
@@ -178,7 +177,7 @@ def group_logps(model: nn.Module, prompts: list[Prompt], ids: Tensor, mask: Tens
         chunk_logps, chunk_entropy = checkpoint(chunk, h, target, use_reentrant=False)
         logps.append(chunk_logps)
         entropy.append(chunk_entropy)
-    blank = torch.zeros(mask.shape, device=hidden.device)
+    blank = torch.zeros(mask.shape, device=hidden.device)  # filled where mask is True, row by row as ids[mask] was read
     return blank.masked_scatter(mask, torch.cat(logps)), blank.masked_scatter(mask, torch.cat(entropy))
 
 

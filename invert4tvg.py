@@ -107,13 +107,12 @@ class Config(data.Settings):
                               "none", least=0, unless="demonstrations")
     log_to: tuple = flag((), "show the log there too; docs/metrics.md", choices=("tensorboard", "wandb"), free=True)
 
-    def reward_settings(self) -> dict:
-        """The settings of `rewards.score` for training.
+    def training_scoring(self) -> rewards.Scoring:
+        """With what completions are rewarded.
 
-        Evaluation calls `scoring` instead, which lacks the two added here: how a model was trained must not change how
-        it is measured.
+        Evaluation calls `scoring`, without these two: how a model was trained must not change how it is measured.
         """
-        return self.scoring() | {"inversion_reward": self.inversion_reward, "vd_verb_cap": self.vd_verb_cap}
+        return self.scoring()._replace(inversion_reward=self.inversion_reward, vd_verb_cap=self.vd_verb_cap)
 
     def peak_lr(self) -> float:
         return self.lr or (1e-5 if self.demonstrations else 1e-6)
@@ -172,8 +171,8 @@ def grpo_iteration(run: Run, iteration: int, items: list[Item], lr: float) -> di
         generator, features)
 
     texts = completion_texts(run.processor.tokenizer, rollout)  # prompt by prompt, G of each
-    settings = config.reward_settings()
-    scores = [rewards.score(task, text, samples[n // G], **settings) for n, text in enumerate(texts)]  # lines 8, 13
+    scoring = config.training_scoring()
+    scores = [rewards.score(task, text, samples[n // G], scoring) for n, text in enumerate(texts)]  # lines 8, 13
     totals = torch.tensor([s["total"] for s in scores], device=run.model.device).view(-1, G)  # (prompts, G)
     advantages = grpo.group_advantages(totals).flatten()  # Eq. 3
 

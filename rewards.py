@@ -5,11 +5,11 @@
     ar   action recognition         one word, a verb of the query                                 Eq. 6, 11
     vd   video description          a text that holds the query's verbs                           Eq. 7, 11
 
-In this order: the rewards, the table of tasks, the one parser of completions. Each task adds a format reward (Eq. 9).
+In this order: how two verbs compare, grounding, the three inversions, the reward of a whole completion, and how a
+completion is read. Each task adds a format reward (Eq. 9).
 
-Verbs are compared as roots: "closes" and "closed" have the root "close". SpaCy(.) in the paper is `root` here, and
-engine/words/verbs.py shows how spaCy finds `verbs`, their `root`, and the query with its verbs blanked out
-(`mask_verbs`).
+Verbs are compared as roots: "closes" and "closed" have the root "close". SpaCy(.) in the paper is `root` here;
+engine/words/verbs.py has it, with `verbs` of a text and `mask_verbs` of a query.
 
 This file knows text, not tensors. No text that a model writes raises an error, and the work per answer is bounded:
 patterns run in linear time, and at most 100 words reach spaCy.
@@ -28,7 +28,9 @@ from engine.words.verbs import cosine_similarity, fill_blanks, mask_queries, mas
 
 Span = tuple[float, float]  # start and end in seconds
 
-MAX_WORDS = 100  # of an answer to an inversion task
+# An answer to VC or AR that is longer scores 0: a sentence or a word was asked for. Of a description, which may well be
+# long, the rest is not read.
+MAX_WORDS = 100
 MAX_CHARACTERS = 1000
 QUOTES_AND_STOPS = " \t\n.,;:!?\"'`*()[]“”‘’"
 
@@ -55,7 +57,7 @@ def temporal_iou(a: Span, b: Span) -> float:
     if not (a_start < a_end and b_start < b_end):
         return 0.0
     intersection = max(0.0, min(a_end, b_end) - max(a_start, b_start))
-    union = max(a_end, b_end) - min(a_start, b_start)  # exact where they overlap; where they do not, the ratio is 0
+    union = max(a_end, b_end) - min(a_start, b_start)  # with the gap, where there is one; the ratio is 0 then anyway
     return float(intersection / union)  # Eq. 8
 
 
@@ -66,25 +68,67 @@ def iou_reward(completion: str, sample, well_formed: float) -> dict[str, float]:
     return {"format": well_formed, "iou": iou, "total": well_formed + iou}  # Eq. 10
 
 
+class Format(NamedTuple):
+    """How a completion is laid out: the prompt's words for it, and the blocks that make it well-formed (Eq. 9)."""
+
+    blocks: tuple[str, ...]  # tags in order; the last one holds the answer
+    preamble: str  # how the prompt's last sentence begins; the task's instruction ends it
+    free_text: bool = False  # whether text may stand between and after the blocks
+
+
+FORMATS = {
+    "think": Format(("think", "answer"), "Output your thought process within the <think> </think> tags, then "),
+    "answer": Format(("answer",), ""),
+}
+
+
+class Grounding(NamedTuple):
+    """What --tvg-reward names. In training a sample has start < end, in an evaluation it may have any times."""
+
+    instruction: str  # the prompt goes on with "within the <answer> </answer> tags."
+    format: Format
+    reward: Callable  # (completion, sample, 1 if well-formed else 0) -> parts, "iou" and "total" among them
+    metrics: Callable = lambda parts: {}  # a row's parts -> its further columns of an evaluation, in percent
+    needs_duration: bool = False  # samples without a known video duration are dropped from training
+
+
+# The paper prints no prompt for grounding. The words are Time-R1's, the paper's baseline.
+TVG_QUESTION = (
+    'To accurately pinpoint the event "{query}" in the video, determine the precise time period of the event.')
+IOU = Grounding('provide the start and end times in seconds, in the format "12.54 to 17.83",', FORMATS["think"],
+                iou_reward)
+
+
+class Scoring(NamedTuple):
+    """The settings of `score`. Each is an option of the command line."""
+
+    grounding: Grounding = IOU  # --tvg-reward, in the format of --tvg-format
+    inversion_format: str = "think"  # a key of FORMATS
+    inversion_reward: str = "binary"  # a key of SIMILARITIES
+    vd_match: str = "all"  # or "any"
+    vd_verb_cap: int = 0  # most distinct verbs of a description; 0: no limit
+
+
+DEFAULTS = Scoring()
+
 # ------------------------------------------------------------------------------------------------ inversions
 #
 # mask_verbs("person is closing the door") gives ("person is [] the door", ("close",)): the query with [] for each verb,
 # auxiliaries left alone, and the roots of its verbs in order, the gold verbs.
-# `scoring` is a `Scoring`, the settings of the command line, defined with the table of tasks below.
 
 
-def vc_reward(answer: str, query: str, scoring: "Scoring") -> float:
+def vc_reward(answer: str, query: str, scoring: Scoring) -> float:
     """Verb completion (Eq. 5): 1 if the answer's verbs v_pred have the roots of the query's verbs v_gt, in order.
 
-    The answer's verbs are read in two ways, and the better one counts. (1) If the answer repeats the rest of the query,
-    the words in its blanks: the tagger would miss some verbs in other tenses. (2) The verbs that the tagger finds, in
-    whatever sentence. Either way there must be as many verbs as the query has, so extra verbs earn nothing.
+    The answer is read in two ways, and the better one counts. (1) If it repeats the words around the blanks, its verbs
+    are the words in their place; the tagger would miss some of them. (2) In any other sentence its verbs are those that
+    the tagger finds. Either way there must be as many verbs as the query has, so extra verbs earn nothing.
     """
     masked_query, gold = mask_verbs(query)
     if not gold or is_too_long(answer):
         return 0.0
     from_blanks = fill_blanks(answer, masked_query)
-    from_tagger = verbs(re.sub(r"[\[\]]", " ", answer))
+    from_tagger = verbs(re.sub(r"[\[\]]", " ", answer))  # some models keep the brackets: "person [opens] the door"
     similarity = SIMILARITIES[scoring.inversion_reward]
 
     def in_order(predicted):
@@ -95,7 +139,7 @@ def vc_reward(answer: str, query: str, scoring: "Scoring") -> float:
     return max(in_order(from_blanks), in_order(from_tagger))  # Eq. 5
 
 
-def ar_reward(answer: str, query: str, scoring: "Scoring") -> float:
+def ar_reward(answer: str, query: str, scoring: Scoring) -> float:
     """Action recognition (Eq. 6): 1 if the answer is one word whose root is in S_gt, the roots of the query's verbs."""
     _, gold = mask_verbs(query)
     word = answer.strip(QUOTES_AND_STOPS)
@@ -105,11 +149,12 @@ def ar_reward(answer: str, query: str, scoring: "Scoring") -> float:
     return max((similarity.compare(root(word), g) for g in gold), default=0.0)  # Eq. 6
 
 
-def vd_reward(answer: str, query: str, scoring: "Scoring") -> float:
+def vd_reward(answer: str, query: str, scoring: Scoring) -> float:
     """Video description (Eq. 7): 1 if the query's verbs v_gt are in S_pred, the roots of the answer's verbs.
 
     Paper: "the verb" in Eq. 7, "verbs" in the text. With several, vd_match "all" asks for each, "any" for one of them.
-    Paper: no limit, so that a list of common verbs scores; a vd_verb_cap gives more distinct verbs than that 0.
+    Paper: an answer may name any number of verbs, so a list of common ones scores. A vd_verb_cap forbids that: an
+    answer with more distinct verbs scores 0.
     """
     _, gold = mask_verbs(query)
     predicted = described_verbs(answer)
@@ -118,9 +163,9 @@ def vd_reward(answer: str, query: str, scoring: "Scoring") -> float:
     if scoring.vd_verb_cap and len(predicted) > scoring.vd_verb_cap:
         return 0.0
     similarity = SIMILARITIES[scoring.inversion_reward]
-    best = [max(similarity.compare(p, g) for p in predicted) for g in gold]
+    nearest = [max(similarity.compare(p, g) for p in predicted) for g in gold]  # to each gold verb
     combine = max if scoring.vd_match == "any" else similarity.combine
-    return float(combine(best))  # Eq. 7
+    return float(combine(nearest))  # Eq. 7
 
 
 @functools.lru_cache(maxsize=64)  # the reward and the log ask for the same answer one after the other
@@ -142,28 +187,11 @@ def has_verb(query: str) -> bool:
     return bool(gold) and looks_english(query)
 
 
-# ------------------------------------------------------------------------------------------------ the table of tasks
-
-
-class Format(NamedTuple):
-    """How a completion is laid out: the prompt's words for it, and the blocks that make it well-formed (Eq. 9)."""
-
-    blocks: tuple[str, ...]  # tags in order; the last one holds the answer
-    thinking: str  # first half of the prompt's last sentence; the task's instruction is the second
-    free_text: bool = False  # whether text may stand between and after the blocks
-
-
-FORMATS = {
-    "think": Format(("think", "answer"), "Output your thought process within the <think> </think> tags, then "),
-    "answer": Format(("answer",), ""),
-}
-
-
 class Inversion(NamedTuple):
     """An inversion task. One of your own is named by its place, MODULE.NAME: --inversion-tasks vc ar mine.object."""
 
     question: str  # {masked_query} is the first of what `mask` returns
-    instruction: str  # the prompt goes on with "within the <answer> </answer> tags."
+    instruction: str  # as in Grounding
     reward: Callable  # (answer, query, scoring) -> 0 to 1
     suits: Callable = has_verb  # query -> whether the task can be asked about it
     logged: dict = {}  # name -> function of the answer: a number for the log and the metrics, no part of the reward
@@ -181,37 +209,7 @@ INVERSIONS = {
 TASKS = ("tvg", "vc", "ar", "vd")  # the paper's, trained and measured by default; others are asked for by name
 
 
-class Grounding(NamedTuple):
-    """What grounding asks for and what it rewards. One of your own is named by its place: --tvg-reward MODULE.NAME.
-
-    `sample` has start < end in training, any times in an evaluation.
-    """
-
-    instruction: str  # as in Inversion
-    format: Format
-    reward: Callable  # (completion, sample, 1 if well-formed else 0) -> parts, "iou" and "total" among them
-    metrics: Callable = lambda parts: {}  # parts -> further columns of an evaluation, in percent
-    needs_duration: bool = False  # samples without a known video duration are dropped from training
-
-
-# The paper prints no prompt for grounding. The words are Time-R1's, the paper's baseline.
-TVG_QUESTION = (
-    'To accurately pinpoint the event "{query}" in the video, determine the precise time period of the event.')
-IOU = Grounding('provide the start and end times in seconds, in the format "12.54 to 17.83",', FORMATS["think"],
-                iou_reward)
-
-
-class Scoring(NamedTuple):
-    """The settings of `score`. Each is an option of the command line."""
-
-    grounding: Grounding = IOU  # --tvg-reward
-    inversion_format: str = "think"  # a key of FORMATS
-    inversion_reward: str = "binary"  # a key of SIMILARITIES
-    vd_match: str = "all"  # or "any"
-    vd_verb_cap: int = 0  # most distinct verbs of a description; 0: no limit
-
-
-DEFAULTS = Scoring()
+# ------------------------------------------------------------------------------------------------ a whole completion
 
 
 def inversion(task: str, option: str = "task") -> Inversion:
@@ -238,23 +236,22 @@ def suitable(task: str, queries: list[str]) -> list[bool]:
     return [bool(suits(query)) for query in queries]
 
 
-def score(task: str, completion: str, sample, **settings) -> dict[str, float]:
+def score(task: str, completion: str, sample, scoring: Scoring = DEFAULTS) -> dict[str, float]:
     """The parts of a completion's reward by name, and their sum "total": by default 0 to 2 (Eq. 10, 11).
 
-    `sample` is a data.Sample, of whose segments the one with the highest IoU counts, of equal ones that with the
-    highest total; `settings` are fields of `Scoring`. "vd_verbs", the distinct verbs of a description, is logged and
-    no part of the sum: it rises where a model lists verbs. Raises UserError for an unknown task and TypeError for an
-    unknown setting.
+    `sample` is a data.Sample. Where several segments answer its query, the one with the highest IoU counts, as in a
+    measurement; of equal ones that with the highest total. What a task logs is among the parts and not in the sum, such
+    as "vd_verbs", the distinct verbs of a description: it rises where a model lists verbs. Raises UserError for an
+    unknown task.
     """
-    scoring = Scoring(**settings)
-    form = format_reward(task, completion, scoring)
+    well_formed = format_reward(task, completion, scoring)
     if task == "tvg":
-        parts = [scoring.grounding.reward(completion, one, form) for one in sample.by_segment()]  # Eq. 10
+        parts = [scoring.grounding.reward(completion, one, well_formed) for one in sample.by_segment()]  # Eq. 10
         return max(parts, key=lambda p: (p["iou"], p["total"]))
     answer = parse_answer(completion) or ""
     reward = inversion(task).reward(answer, sample.query, scoring)
     logged = {name: float(count(answer)) for name, count in inversion(task).logged.items()}
-    return {"format": form, task: reward} | logged | {"total": form + reward}  # Eq. 11
+    return {"format": well_formed, task: reward} | logged | {"total": well_formed + reward}  # Eq. 11
 
 
 # ------------------------------------------------------------------------------------------------ reading a completion
@@ -270,6 +267,7 @@ NUMBER = r"""
     (?! [:.,/\-−–][0-9] )      # not the beginning of 1:30, 3/4, 1,200 or 10-12
     (?! \s* (?:%|min) )        # not a share, and not minutes
 """
+# Inside brackets nothing else can be meant.
 LISTED = r"( [0-9]{1,6} (?:\.[0-9]+)? )"
 SPAN = re.compile(rf"{NUMBER} \s+ (?:to|and) \s+ {NUMBER}  |  \[ \s* {LISTED} \s* , \s* {LISTED} \s* \]",
                   re.IGNORECASE | re.VERBOSE)
@@ -279,27 +277,26 @@ def format_reward(task: str, completion: str, scoring: Scoring = DEFAULTS) -> fl
     """1 for <think>...</think> <answer>...</answer>, else 0 (Eq. 9).
 
     For grounding the answer must hold a span, as in the template "t_s to t_e" of Section 2.3. Paper: one format for all
-    tasks. The released code asks inversion tasks for <answer>...</answer> alone and gives a completion that thinks 0:
-    inversion_format "answer".
+    tasks. The released code asks inversion tasks for <answer>...</answer> alone, and a completion that thinks
+    scores 0 there: inversion_format "answer".
     """
     if task != "tvg":
         return float(is_well_formed(completion, FORMATS[scoring.inversion_format]))  # Eq. 9
-    form = scoring.grounding.format
-    return float(is_well_formed(completion, form) and parse_span(completion, form.blocks[-1]) is not None)  # Eq. 9
+    layout = scoring.grounding.format
+    return float(is_well_formed(completion, layout) and parse_span(completion, layout.blocks[-1]) is not None)  # Eq. 9
 
 
-def is_well_formed(completion: str, form: Format) -> bool:
-    """Whether a completion is the format's blocks in order, each with a body, and (but for free_text) nothing else."""
-    tags = tag_pattern(form.blocks)
-    expected = []
-    for block in form.blocks:
-        expected += [f"<{block}>", f"</{block}>"]
-    if tags.findall(completion) != expected:
+def is_well_formed(completion: str, layout: Format) -> bool:
+    """Whether a completion is its blocks in order, each with a body, and (but for free_text) nothing else."""
+    tags = tag_pattern(layout.blocks)
+    tags_in_order = []
+    for block in layout.blocks:
+        tags_in_order += [f"<{block}>", f"</{block}>"]
+    if tags.findall(completion) != tags_in_order:
         return False
     pieces = tags.split(completion)  # before, first body, between, second body, after
     bodies = pieces[1::2]
-    before, *between_and_after = pieces[0::2]
-    outside = [before] if form.free_text else [before, *between_and_after]
+    outside = pieces[:1] if layout.free_text else pieces[0::2]
     return all(body.strip() for body in bodies) and not any(text.strip() for text in outside)
 
 
@@ -308,13 +305,13 @@ def parse_answer(completion: str, block: str = "answer") -> str | None:
 
     It counts also where the rest of the completion is malformed: of "<answer>a<answer>b</answer>c</answer>" it is "b".
     """
-    end = completion.rfind(f"</{block}>")
-    start = completion.rfind(f"<{block}>", 0, max(end, 0))
+    last_closing = max(0, completion.rfind(f"</{block}>"))
+    start = completion.rfind(f"<{block}>", 0, last_closing)
     if start < 0:
         return None
-    body = completion[start + len(f"<{block}>"):]
-    body = body[:body.index(f"</{block}>")]
-    return tag_pattern((block,)).sub(" ", body).strip()
+    start += len(f"<{block}>")
+    end = completion.index(f"</{block}>", start)
+    return tag_pattern((block,)).sub(" ", completion[start:end]).strip()
 
 
 @functools.cache
@@ -337,5 +334,5 @@ def last_span(text: str) -> Span | None:
     matches = SPAN.findall(text)
     if not matches:
         return None
-    start, end = (float(number) for number in matches[-1] if number)  # two of the four groups are "", the other form's
-    return start, end
+    to_start, to_end, listed_start, listed_end = matches[-1]  # the groups of the form that is not there are ""
+    return float(to_start or listed_start), float(to_end or listed_end)

@@ -106,7 +106,7 @@ def environment(place):
     yield Check("cores", len(os.sched_getaffinity(0)))
     memory_free = Path("/proc/meminfo").read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0]
     yield Check("host memory available, GiB", round(int(memory_free) / 2**20, 1))
-    # Without these three sampling goes on uncompiled, with a warning (decoding.working).
+    # Without these three sampling goes on uncompiled, with a warning (decoding.usable).
     yield Check("C compiler", shutil.which("gcc") or shutil.which("cc") or "missing: no compilation")
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     yield Check("Python.h", "there" if header.exists() else "missing: no compilation")
@@ -176,7 +176,7 @@ def kernels(place):
     P, C, N = (64, 8, 4) if place.small else (3704, 200, 8)
     query, key = noise(N, kv_heads, 8, D), noise(N, kv_heads, P, D)
     exact = query.double() @ key.double().mT
-    error = (decoding.scores(query, key).double() - exact).abs().max().item()
+    error = (decoding.attention_scores(query, key).double() - exact).abs().max().item()
     yield at_most("decoding's scores, error", error, 1e-3,
                   "128 products summed in float32; in bfloat16 it would be above 0.1")
     allowed = torch.ones(C, P + C, dtype=torch.bool, device=place.device).tril(P)
@@ -246,7 +246,8 @@ def uncompiled(graph):
     """Sampling on a GPU without compilation, with or without a recorded graph; on a CPU it has neither."""
     patches = [mock.patch.object(decoding, "compiled_layer", lambda: decoding.run_layer)]
     if not graph:
-        patches.append(mock.patch.object(decoding, "record", lambda forward, layer, inputs: partial(forward, layer)))
+        patches.append(mock.patch.object(
+            decoding, "record_graph", lambda forward, layer, inputs: partial(forward, layer)))
     for patch in patches:
         patch.start()
     try:

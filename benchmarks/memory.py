@@ -41,7 +41,7 @@ from engine.model.prompts import MERGE
 from engine.program.launch import setup_distributed
 from engine.program.settings import UserError, flag, parse_settings
 from engine.words.annotations import load_annotations
-from engine.words.samples import prepare_training
+from engine.words.samples import clamp_to_videos
 
 LEFT_OUT = """Left out of the GPU: what the caching allocator reserves but cannot use, workspaces of recorded graphs,
 and a prefix sum that masked_scatter makes early in a pass, 8 bytes a number of the embeddings. Left out of the host:
@@ -118,7 +118,7 @@ def print_run(settings):
     source = "--rows"
     if Path(settings.annotations).exists():
         samples = load_annotations(settings.annotations, settings.videos, settings.windows)
-        rows = len(prepare_training(samples)[0])
+        rows = len(clamp_to_videos(samples)[0])
         source = settings.annotations
     prompts = settings.micro_batch * settings.accumulation * settings.world_size
     iterations = settings.iterations or math.ceil(settings.epochs * rows / prompts)

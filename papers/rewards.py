@@ -119,7 +119,7 @@ def tvg_r1_reward(completion: str, sample, well_formed: float) -> dict[str, floa
 ANCHORS_THINKING = (
     "Output your thought process within the <think> </think> tags, and in it two to four estimates of the time period, "
     "each better than the one before, as <timestamp>12.54 to 17.83</timestamp>, then ")
-THINK_THEN_TIME = Format(("think", "time"), rewards.FORMATS["think"].thinking, free_text=True)
+THINK_THEN_TIME = Format(("think", "time"), rewards.FORMATS["think"].preamble, free_text=True)
 
 timestamp_iou = rewards.IOU._replace(reward=timestamp_iou_reward, needs_duration=True)
 anchors = rewards.IOU._replace(format=Format(("think", "answer"), ANCHORS_THINKING), reward=tar_tvg_reward,

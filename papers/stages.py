@@ -36,6 +36,19 @@ def invert_sft(samples):
     return [demonstration_row(s, "vd", f"<answer>{s.query}</answer>") for s in samples if s.start < s.end]
 
 
+def from_tvg_r1(r):
+    """A demonstration in TVG-R1's field names, where it has those -> in ours. All of them are of grounding.
+
+    "problem" is the query, "gt_frame" [start, end] in seconds; "solution" is a guess, as its cold-start file is not
+    public.
+    """
+    if "gt_frame" not in r:
+        return r
+    start, end = r["gt_frame"]
+    renamed = {"query": r["problem"], "start": start, "end": end, "task": "tvg"}
+    return renamed | ({"completion": r["solution"]} if "solution" in r else {}) | r
+
+
 def longest(lines, share):
     """The `share` of demonstrations (0 to 1) with the most words, in the file's order."""
     words = [len(line["completion"].split()) for line in lines]
@@ -155,7 +168,7 @@ def run_invert_sft(args):
 
 
 def run_longest(args):
-    demonstrations = load_demonstrations(args.demonstrations, "", rewards.TASKS)
+    demonstrations = load_demonstrations(args.demonstrations, "", rewards.TASKS, from_tvg_r1)
     lines = [demonstration_row(d.sample, d.task, d.completion) for d in demonstrations]
     rows = longest(lines, args.share)
     print(f"{len(lines)} demonstrations of {mean_words(lines):.1f} words, {len(rows)} kept of {mean_words(rows):.1f}")

@@ -1,6 +1,6 @@
 """Where a model errs: grounding by kinds of rows, with intervals, and the rows that one run wins over another.
 
-All times are seconds, all metrics percent. Intervals are 95% and draw videos, as in evaluate.paired_bootstrap.
+All times are seconds, all metrics percent. Intervals are 95% and draw videos, as in evaluate.compare_models.
 """
 
 import re
@@ -14,7 +14,7 @@ import rewards
 from engine.program.settings import UserError
 from engine.video.stream import video_duration
 from engine.words.annotations import load_annotations
-from evaluate import THRESHOLDS, paired_bootstrap
+from evaluate import THRESHOLDS, compare_models
 from report.runs import row_of
 
 METRICS = (*(f"R1@{m}" for m in THRESHOLDS), "mIoU")
@@ -110,7 +110,7 @@ def training_queries(run) -> list[str]:
 
 
 def compare(ours, theirs=None) -> dict[str, tuple]:
-    """Grounding rows of one or two models -> {metric: (ours, theirs, low, high)} of paired_bootstrap.
+    """Grounding rows of one or two models -> {metric: (ours, theirs, low, high)} of compare_models.
 
     Alone, the rows are compared with answers that are all wrong: the difference is then the metric itself.
     """
@@ -118,7 +118,7 @@ def compare(ours, theirs=None) -> dict[str, tuple]:
     if theirs is None:
         theirs = [p | {"parts": nothing} for p in ours]
     plain = [[p | {"parts": nothing | {"iou": p["parts"]["iou"]}} for p in rows] for rows in (ours, theirs)]
-    return {name: found for name, found in paired_bootstrap(*plain, draws=DRAWS).items() if name in METRICS}
+    return {name: found for name, found in compare_models(*plain, draws=DRAWS).items() if name in METRICS}
 
 
 def error_table(entries, queries=()) -> list[dict]:
@@ -159,7 +159,7 @@ def differences(ours, theirs) -> dict[str, tuple] | str:
     number = {key: i for i, key in enumerate(keys)}
     paired = [[rows[key] | {"row": number[key], "video": key[1]} for key in keys] for rows in shared]
     try:
-        found = paired_bootstrap(*paired, draws=DRAWS)
+        found = compare_models(*paired, draws=DRAWS)
     except UserError as error:
         return str(error)
     first = [name for name in ("mIoU", *METRICS) if name in found]

@@ -13,8 +13,8 @@ from shared import write_lines, write_video
 
 from engine.video.stream import video_duration
 from engine.words.annotations import load_annotations, load_demonstrations
-from engine.words.finding import VIDEO_SUFFIXES, _name_parts, _video_finder, missing_videos
-from engine.words.samples import Demonstration, Sample, demonstration_row, named, prepare_training
+from engine.words.finding import VIDEO_SUFFIXES, missing_videos, name_parts, video_finder
+from engine.words.samples import Demonstration, Sample, clamp_to_videos, demonstration_row, rows_in_words
 from engine.words.text import normalize_query
 
 ROWS = Path(__file__).parent / "data"
@@ -333,7 +333,7 @@ def test_a_normal_query_is_one_line_without_a_full_stop_and_stays_as_it_is(text)
 def test_videos_are_found_by_name_whatever_their_suffix(tmp_path):
     for name in ("AO8RW.mkv", "x_60.0_210.0.webm", "v_1.mp4", "notes.txt"):
         (tmp_path / name).touch()
-    find = _video_finder(tmp_path)
+    find = video_finder(tmp_path)
     for name, file in [("AO8RW", "AO8RW.mkv"), ("AO8RW.mp4", "AO8RW.mkv"), ("x_60.0_210.0", "x_60.0_210.0.webm"),
                        ("x_60.0_210.0.avi", "x_60.0_210.0.webm"), ("./dataset/any/v_1.mp4", "v_1.mp4"),
                        ("C:\\clips\\v_1.mp4", "v_1.mp4"), ("x_60.0", "x_60.0.mp4"), ("gone.webm", "gone.webm")]:
@@ -344,7 +344,7 @@ def test_videos_are_found_by_name_whatever_their_suffix(tmp_path):
 def test_every_suffix_is_known_in_small_and_capital_letters(suffix, tmp_path):
     for file in (f"a{suffix}", f"b{suffix.upper()}"):
         (tmp_path / file).touch()
-        find = _video_finder(tmp_path)
+        find = video_finder(tmp_path)
         for name in (file[0], f"{file[0]}.mp4", f"{file[0]}.MKV", file, file[0] + suffix.upper()):
             assert find(name) == str(tmp_path / file)
 
@@ -354,7 +354,7 @@ def test_a_name_that_exists_as_it_stands_is_taken(tmp_path):
         (tmp_path / file).touch()
     (tmp_path / "c.mp4").mkdir()
     (tmp_path / "c.webm").touch()
-    find = _video_finder(tmp_path)
+    find = video_finder(tmp_path)
     for name, file in [("a.mkv", "a.mkv"), ("a.ogv", "a.ogv"), ("a", "a.mp4"), ("a.gif", "a.mp4"), ("b", "b"),
                        ("c.mp4", "c.webm")]:
         assert find(name) == str(tmp_path / file)
@@ -365,7 +365,7 @@ def test_folders_in_a_name_count_inside_the_video_folder_alone(tmp_path):
     for file in ("charades/x.mp4", "charades/y.MOV", "x.mp4", "z.mp4", "z2.mkv", "../secret.mp4", "../other/x.mp4"):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).touch()
-    find = _video_finder(folder)
+    find = video_finder(folder)
     for name, file in [("charades/x.mp4", "charades/x.mp4"), ("charades\\x", "charades/x.mp4"),
                        ("./charades//y.mp4", "charades/y.MOV"), ("charades/z2.mp4", "z2.mkv"), ("other/x.mp4", "x.mp4"),
                        ("../secret.mp4", "secret.mp4"), ("../other/x.mp4", "x.mp4"), ("a/../../other/x", "x.mp4"),
@@ -374,7 +374,7 @@ def test_folders_in_a_name_count_inside_the_video_folder_alone(tmp_path):
         assert find(name) == str(folder / file), name
     assert missing_videos([Sample(find("n" * 300), "q", 0, 1)]) == [find("n" * 300)]
     for name in ("C:\\other\\x.mp4", "/other/x.mp4"):  # of another system too, where "C:" leaves the folder
-        assert _name_parts(name) == ("", "x.mp4")
+        assert name_parts(name) == ("", "x.mp4")
     for name in ("", "..", "charades/", "/"):
         with pytest.raises(ValueError, match="is no name"):
             find(name)
@@ -398,31 +398,31 @@ def test_missing_videos_are_named_once(tmp_path):
 
 
 def test_training_clamps_ends_and_drops_empty_segments_with_counts():
-    kept, clamped, dropped = prepare_training(load_annotations(ROWS / "charades.json", "v"))
+    kept, clamped, dropped = clamp_to_videos(load_annotations(ROWS / "charades.json", "v"))
     assert [(s.start, s.end) for s in kept] == [(0.0, 6.9), (20.8, 29.46), (20.8, 29.46)]
     assert (clamped, len(dropped)) == (2, 3)  # Y6R7T ends at 30.0 of 29.46 s; LEOL6 and AKKWU run backwards
-    kept, clamped, dropped = prepare_training(load_annotations(ROWS / "tvgbench.json", "v"))
+    kept, clamped, dropped = clamp_to_videos(load_annotations(ROWS / "tvgbench.json", "v"))
     assert ([s.end for s in kept], clamped, len(dropped)) == ([28.1, 19.29, 111.0], 1, 1)
 
 
 def test_without_an_annotated_duration_the_videos_own_clamps(tmp_path):
     video = str(write_video(tmp_path / "a.mp4", [k / 10 for k in range(40)]))  # 4 s
     rows = [Sample(v, "q", start, 9.0) for v, start in [(video, 1.0), (video, 5.0), (str(tmp_path / "none.mp4"), 1.0)]]
-    kept, clamped, dropped = prepare_training(rows)
+    kept, clamped, dropped = clamp_to_videos(rows)
     assert [s.end for s in kept] == [pytest.approx(4.0, abs=0.1), 9.0] and clamped == 1
-    assert named(dropped) == f": a.mp4 from 5 to {kept[0].end:g} s"
-    assert named(dropped * 21).endswith(" s, and 1 more") and named([]) == ""
+    assert rows_in_words(dropped) == f": a.mp4 from 5 to {kept[0].end:g} s"
+    assert rows_in_words(dropped * 21).endswith(" s, and 1 more") and rows_in_words([]) == ""
     assert [s.duration for s in kept] == [kept[0].end, None]  # noted, for Time-R1's reward
 
 
 def test_of_several_segments_training_keeps_those_that_lie_in_the_video():
     late = Sample("a.mp4", "q", 12.0, 14.0, duration=10.0, alternatives=((1.0, 5.0), (8.0, 20.0)))
-    kept, clamped, dropped = prepare_training([late, replace(late, alternatives=((11.0, 12.0),))])
+    kept, clamped, dropped = clamp_to_videos([late, replace(late, alternatives=((11.0, 12.0),))])
     assert [(s.start, s.end, s.alternatives) for s in kept] == [(1.0, 5.0, ((8.0, 10.0),))]
-    assert (clamped, named(dropped)) == (1, ": a.mp4 from 12 to 10 s")
+    assert (clamped, rows_in_words(dropped)) == (1, ": a.mp4 from 12 to 10 s")
     backwards = replace(late, start=1.0, end=5.0, alternatives=((5.0, 3.0),))  # goes, but no end is clamped
     twice = replace(late, start=1.0, end=12.0)  # both ends are, of one row
-    assert prepare_training([backwards, twice])[1:] == (1, [])
+    assert clamp_to_videos([backwards, twice])[1:] == (1, [])
 
 
 # ---- Demonstrations and rollouts
@@ -435,15 +435,6 @@ def test_demonstrations_are_read(tmp_path):
     path.write_text(json.dumps(DEMONSTRATION) + "\n")
     sample = Sample(str(Path("v/AO8RW.mp4")), "a door", 1.0, 2.5, None, "line 1")
     assert load_demonstrations(path, "v", TASKS) == [Demonstration(sample, "vc", "<answer>..</answer>")]
-
-
-@pytest.mark.parametrize("name", ["completion", "solution"])
-def test_demonstrations_with_the_field_names_of_tvg_r1_are_read(name, tmp_path):
-    row = {"dataset": "charades", "problem": "A door.", "choices": "", "video": "x/AO8RW.mp4", "video_length": 30.5,
-           "gt_frame": [1, 2.5], "ground_truth": "", name: "<think>a</think> <time>[1, 2.5]</time>"}
-    (tmp_path / "cold.jsonl").write_text(json.dumps(row) + "\n")
-    sample = Sample(str(Path("v/AO8RW.mp4")), "a door", 1.0, 2.5, 30.5, "line 1")
-    assert load_demonstrations(tmp_path / "cold.jsonl", "v", TASKS) == [Demonstration(sample, "tvg", row[name])]
 
 
 @pytest.mark.parametrize("ending, kept", [

@@ -10,7 +10,7 @@ from shared import make_prompt, tiny_model, token_ids
 
 import grpo
 from engine.model.attention import embed, install_attention, pack, pack_prompts, run_language_model, visual_features
-from engine.model.decoding import Cached, Decoder, advance, run_layer, working
+from engine.model.decoding import Cached, Decoder, advance, run_layer, usable
 from engine.model.loading import recompute_activations
 from engine.model.prompts import Prompt
 
@@ -142,7 +142,7 @@ def test_scores_of_a_decoding_step_are_those_of_float32(monkeypatch):
     q, k, v, own, w = (x.bfloat16() for x in (q, k, v, own, w))
     buffers = torch.zeros(2, 1, 3, 16).bfloat16(), torch.zeros(2, 1, 3, 16).bfloat16()
     allowed = torch.arange(43).expand(2, 1, 1, 43) <= 40
-    found = Cached(k, v, *buffers, torch.tensor(0), allowed).attend(0, q, own, w, 1.0)
+    found = Cached(k, v, *buffers, torch.tensor(0), allowed).attend(q, own, w, 1.0)
     keys, values = (torch.cat([x.expand(2, -1, -1, -1), y], 2).double() for x, y in ((k, own), (v, w)))
     expected = (q.double() @ keys.mT).softmax(-1) @ values
     assert (found[:, 0].double() - expected[:, :, 0]).abs().max() < 0.02
@@ -151,7 +151,7 @@ def test_scores_of_a_decoding_step_are_those_of_float32(monkeypatch):
 def decode_once(decoder, step, token):
     """A step as a GPU takes it, but for the graph."""
     with torch.no_grad():
-        decoder.caches[0].at(0)
+        decoder.caches[0].advance_to(0)
         return advance(decoder.model, decoder.caches, step, token, decoder.last_position + 1)
 
 
@@ -191,13 +191,13 @@ def test_where_nothing_can_be_compiled_sampling_goes_on_without(model, prompts, 
 
     with torch.no_grad():
         with pytest.warns(UserWarning, match="could not be compiled.*no C compiler"):
-            assert working(forward, step, inputs) is run_layer
-        working(forward, step, inputs)  # in the next iteration
+            assert usable(forward, step, inputs) is run_layer
+        usable(forward, step, inputs)  # in the next iteration
         assert len(tried) == 1
         torch._dynamo.config.disable = False
         torch._dynamo.reset()
         fine = torch.compile(run_layer, backend="eager", dynamic=True)
-        assert working(forward, fine, inputs) is fine
+        assert usable(forward, fine, inputs) is fine
 
 
 def test_a_video_pad_inside_a_completion_is_a_token_like_others(tokenizer, model, prompts):
@@ -216,16 +216,16 @@ def test_a_video_pad_inside_a_completion_is_a_token_like_others(tokenizer, model
 
 def test_the_places_in_transformers_that_we_rely_on_have_not_moved(tokenizer, model, prompts, tmp_path):
     """If this fails, a new release of transformers has moved what its message names: look there first."""
-    seen = {}
+    seen = []  # once a layer
 
     class Noted:
-        def attend(self, layer, query, key, value, scaling):
-            seen[layer] = query.shape, key.shape, scaling
+        def attend(self, query, key, value, scaling):
+            seen.append((query.shape, key.shape, scaling))
             return query.transpose(1, 2)
 
     embeddings = torch.zeros(1, 5, 32)
     run_language_model(model, embeddings, torch.zeros(3, 1, 5, dtype=torch.long), Noted())
-    assert seen == {layer: ((1, 4, 5, 8), (1, 2, 5, 8), 8**-0.5) for layer in (0, 1)}, (
+    assert seen == 2 * [((1, 4, 5, 8), (1, 2, 5, 8), 8**-0.5)], (
         "Qwen2_5_VLTextModel no longer hands the value of attention_mask['full_attention'] to the registered attention")
     with torch.no_grad():
         decoder = Decoder(model, prompts[:1], 1, 2)

@@ -87,7 +87,7 @@ def test_grounding_a_segment_after_the_videos_end_is_nothing_to_train_on_but_a_r
     item = Clips([late, mixed[1]], {})[[(0, "tvg"), (1, "tvg")]]
     assert item.index == 1
     assert item.failures == [f"{late.video}: the segment starts at 20 s, after the video's end at 1 s."]
-    kept = Clips([late], {}, segments_count=False)
+    kept = Clips([late], {}, for_training=False)
     assert kept[[(0, "tvg")]].clip.end == pytest.approx(1)
     assert kept[[(0, "vc")]].failures == item.failures  # there is nothing to show
 

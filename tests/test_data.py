@@ -40,10 +40,10 @@ def test_a_setting_reaches_the_clips_and_the_rewards():
     dataclasses.replace(settings, min_frame_pixels=4).check()  # one size for all frames
     assert settings.clip_settings() == {"fps": 1, "max_pixels": 5, "min_frame_pixels": 3, "max_frame_pixels": 4}
     scoring = settings.scoring()
-    assert scoring["inversion_format"] == "answer" and scoring["vd_match"] == "any"
+    assert scoring.inversion_format == "answer" and scoring.vd_match == "any"
     completion = "<think>a</think> <answer>person laughs</answer>"
     sample = Sample("a.mp4", "a person walks away and laughs", 2.0, 6.0)
-    assert rewards.score("vd", completion, sample, **scoring)["total"] == 1  # any verb, but it has thought
+    assert rewards.score("vd", completion, sample, scoring)["total"] == 1  # any verb, but it has thought
 
 
 def test_training_rows_are_those_that_can_be_trained_on(alone, tmp_path, capsys):

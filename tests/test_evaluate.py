@@ -54,7 +54,7 @@ def test_summary_by_hand():
 def test_bootstrap_interval_of_a_constant_difference_is_that_difference():
     theirs = [prediction(i, video=f"{i % 5}", iou=0.2 + 0.01 * i) for i in range(20)]
     ours = [prediction(i, video=f"{i % 5}", iou=0.25 + 0.01 * i) for i in range(20)]
-    a, b, low, high = evaluate.paired_bootstrap(ours, theirs)["mIoU"]
+    a, b, low, high = evaluate.compare_models(ours, theirs)["mIoU"]
     assert a - b == pytest.approx(5) and low == pytest.approx(5) and high == pytest.approx(5)
 
 
@@ -64,15 +64,15 @@ def test_bootstrap_matches_the_normal_interval_over_videos():
     difference = rng.normal(0, 0.2, 400)
     theirs = [prediction(i, video=str(i), iou=0.5) for i in range(400)]
     ours = [prediction(i, video=str(i), iou=0.5 + d) for i, d in enumerate(difference)]
-    a, b, low, high = evaluate.paired_bootstrap(ours, theirs)["mIoU"]
+    a, b, low, high = evaluate.compare_models(ours, theirs)["mIoU"]
     assert high - low == pytest.approx(2 * 1.96, rel=0.1) and low < a - b < high
 
 
 def test_different_rows_are_not_compared():
     with pytest.raises(UserError, match="same rows"):
-        evaluate.paired_bootstrap([prediction(0)], [prediction(1)])
+        evaluate.compare_models([prediction(0)], [prediction(1)])
     with pytest.raises(UserError, match="same rows"):
-        evaluate.paired_bootstrap([prediction(0)], [prediction(0) | {"query": "another"}])
+        evaluate.compare_models([prediction(0)], [prediction(0) | {"query": "another"}])
 
 
 def test_limit_spaces_rows_evenly():
@@ -198,12 +198,12 @@ def test_a_prediction_is_of_its_row_while_video_query_and_times_are_the_same(tmp
     noted = {"row": 0} | json.loads(json.dumps(predictions.identity(sample)))
     (tmp_path / "moved").mkdir()
     moved = dataclasses.replace(sample, video=shutil.copy(sample.video, tmp_path / "moved"))
-    assert predictions.answers(noted, [sample]) and predictions.answers(noted, [moved])
+    assert predictions.is_current(noted, [sample]) and predictions.is_current(noted, [moved])
     for change in ({"query": "p"}, {"start": 0.5}, {"end": 2.0}, {"excerpt": (2.0, 7.0)}, {"alternatives": ()}):
-        assert not predictions.answers(noted, [dataclasses.replace(sample, **change)]), change
-    assert not predictions.answers(noted | {"row": 1}, [sample])
+        assert not predictions.is_current(noted, [dataclasses.replace(sample, **change)]), change
+    assert not predictions.is_current(noted | {"row": 1}, [sample])
     Path(moved.video).write_bytes(b"another video")
-    assert not predictions.answers(noted, [moved])
+    assert not predictions.is_current(noted, [moved])
 
 
 def test_metrics_of_a_part_do_not_pass_for_those_of_all(settings, monkeypatch, capsys):
@@ -218,29 +218,9 @@ def test_metrics_of_a_part_do_not_pass_for_those_of_all(settings, monkeypatch, c
     monkeypatch.setattr(evaluate, "answer", growing)
     with pytest.raises(SystemExit):
         measure(settings, tasks=("tvg",))
-    assert "2 of 3 predictions are not there" in capsys.readouterr().err  # rows 0 and 1 are of the shorter file
+    assert "1 videos have changed since they were predicted" in capsys.readouterr().err  # the shorter file's rows
     monkeypatch.undo()
     assert measure(settings, tasks=("tvg",))["rows"] == {"tvg": 3}
-
-
-def test_what_another_process_wrote_is_waited_for(settings, monkeypatch):
-    # Another node's file is seen in the third second. (On two processes of one machine it is there at once.)
-    Path(settings.output).mkdir()
-    write_lines(Path(settings.output) / "predictions.0.jsonl", [prediction(0)])
-    seconds = []
-
-    def sleep(second):
-        seconds.append(second)
-        if len(seconds) == 3:
-            write_lines(Path(settings.output) / "predictions.1.jsonl", [prediction(1)])
-
-    monkeypatch.setattr(predictions.time, "sleep", sleep)
-    monkeypatch.setattr(predictions.dist, "get_world_size", lambda: 2)
-    found = predictions.complete_predictions(settings.output, None, {(0, "tvg"), (1, "tvg")}, 1)
-    assert [p["row"] for p in found] == [0, 1] and seconds == [1, 1, 1]
-    with pytest.raises(UserError, match="1 of 3 predictions are not there"):
-        predictions.complete_predictions(settings.output, None, {(0, "tvg"), (1, "tvg"), (2, "tvg")}, 1)
-    assert sum(seconds) == 3 + predictions.VISIBLE - 1
 
 
 def test_an_evaluation_that_measures_nothing_is_refused(settings, capsys):
@@ -413,7 +393,7 @@ def test_a_video_with_more_rows_weighs_more():
     # the first twice, 10; the second twice, 0. Each of these two comes in a quarter of the draws.
     theirs = [prediction(i, video="one" if i == 0 else "three", iou=0.5) for i in range(4)]
     ours = [prediction(0, video="one", iou=0.6), *theirs[1:]]
-    a, b, low, high = evaluate.paired_bootstrap(ours, theirs)["mIoU"]
+    a, b, low, high = evaluate.compare_models(ours, theirs)["mIoU"]
     assert a - b == pytest.approx(2.5)
     assert (low, high) == (pytest.approx(0), pytest.approx(10))
 
@@ -452,7 +432,7 @@ def test_a_new_inversion_is_measured_on_the_rows_that_suit_it(settings, monkeypa
     assert "Complete 'a [] lamp'." in calls[-1].questions()[-1]
     assert list(metrics)[:4] == ["VC", "mine.lamps", "mine.lamps letters", "rows"]
     assert (metrics["mine.lamps"], metrics["mine.lamps letters"]) == (100, 3)
-    assert evaluate.paired_bootstrap(lines(settings), lines(settings))["mine.lamps letters"] == (3, 3, 0, 0)
+    assert evaluate.compare_models(lines(settings), lines(settings))["mine.lamps letters"] == (3, 3, 0, 0)
 
 
 def note(trained, **options):

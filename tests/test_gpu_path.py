@@ -148,8 +148,8 @@ def test_a_graph_is_recorded_aside_and_its_inputs_are_copied_before_each_replay(
         sums.copy_(token)
         return sums
 
-    monkeypatch.setattr(decoding, "working", lambda forward, compiled, inputs: compiled)
-    replay = decoding.record(forward, "forward", (token,))
+    monkeypatch.setattr(decoding, "usable", lambda forward, compiled, inputs: compiled)
+    replay = decoding.record_graph(forward, "forward", (token,))
     assert recorder.take() == RECORDING  # and neither cache was emptied
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: sums.copy_(token * 10))
     assert replay(torch.tensor([1.0, 2.0])).tolist() == [10.0, 20.0]  # of the new inputs, not of those before
@@ -158,20 +158,20 @@ def test_a_graph_is_recorded_aside_and_its_inputs_are_copied_before_each_replay(
 
 def test_where_little_memory_is_free_the_cache_is_emptied_before_the_recording(monkeypatch):
     recorder = Recorder(monkeypatch, free=2**20)
-    monkeypatch.setattr(decoding, "working", lambda forward, compiled, inputs: compiled)
-    decoding.record(lambda through_layer: recorder.calls.append(through_layer), "forward", ())
+    monkeypatch.setattr(decoding, "usable", lambda forward, compiled, inputs: compiled)
+    decoding.record_graph(lambda through_layer: recorder.calls.append(through_layer), "forward", ())
     assert recorder.take() == ["empty the cache", *RECORDING]
 
 
 def test_a_recording_that_fails_is_ended_all_the_same(monkeypatch):
     recorder = Recorder(monkeypatch)
-    monkeypatch.setattr(decoding, "working", lambda forward, compiled, inputs: compiled)
+    monkeypatch.setattr(decoding, "usable", lambda forward, compiled, inputs: compiled)
 
     def forward(through_layer):
         raise torch.OutOfMemoryError("full")
 
     with pytest.raises(torch.OutOfMemoryError):
-        decoding.record(forward, None, ())
+        decoding.record_graph(forward, None, ())
     assert recorder.take()[-1] == "end"  # else the allocator would hold the memory back for ever
 
 
@@ -183,7 +183,7 @@ def test_out_of_memory_while_compiling_is_no_failed_compilation():
         raise torch.OutOfMemoryError("full")
 
     with pytest.raises(torch.OutOfMemoryError):
-        decoding.working(forward, "compiled", ())
+        decoding.usable(forward, "compiled", ())
     assert tried == ["compiled"]
 
 
@@ -194,7 +194,7 @@ def test_a_decoder_on_a_gpu_records_once_and_replays(monkeypatch, model, prompts
         recorded.append(through_layer)
         return lambda token, position: forward(decoding.run_layer, token, position)
 
-    monkeypatch.setattr(decoding, "record", record)
+    monkeypatch.setattr(decoding, "record_graph", record)
     monkeypatch.setattr(decoding, "compiled_layer", lambda: "compiled")
     hidden = {}
     for kind in ("cpu", "cuda"):

@@ -19,6 +19,7 @@ import rewards
 from data import Sample, Settings, prompt_text
 from engine.program.settings import UserError
 from engine.words.annotations import load_annotations, load_demonstrations
+from engine.words.samples import Demonstration
 from evaluate import summarize
 from papers import stages
 from papers.rewards import anchor_metrics, anchor_reward, parse_anchors, soft_iou, timestamp_aware_iou
@@ -77,7 +78,7 @@ def test_the_prompts_own_example_is_well_formed(name):
 @pytest.mark.parametrize("name", GROUNDINGS)
 def test_odd_text_is_scored(name, text):
     for completion in (text, thought(text), f"<think><timestamp>{text}</think><time>{text}</time>"):
-        parts = score("tvg", completion, sample(duration=10), grounding=grounding(name))
+        parts = score("tvg", completion, sample(duration=10), Scoring(grounding=grounding(name)))
         assert 0 <= parts["iou"] <= 1 and -1 <= parts["total"] <= 4
 
 
@@ -86,7 +87,7 @@ def test_odd_text_is_scored(name, text):
     "<timestamp>" + "1 to " * 50_000 + "</timestamp><answer>", "</time> <time>" * 50_000])
 def test_long_texts_are_read_in_linear_time(text):
     for name in GROUNDINGS:  # a pattern of quadratic time would take minutes here: the suite would not end
-        assert -1 <= score("tvg", text, sample(duration=10), grounding=grounding(name))["total"] <= 2
+        assert -1 <= score("tvg", text, sample(duration=10), Scoring(grounding=grounding(name)))["total"] <= 2
 
 
 # ---- TVG-R1
@@ -105,9 +106,9 @@ def test_a_reward_reads_the_block_that_it_asks_for_alone():
     for completion in ("<answer>1 to 2</answer> <time>[3, 4]</time>", "<time>[3, 4]</time> <answer>1 to 2</answer>"):
         assert parse_span(completion) == (1, 2) and parse_span(completion, "time") == (3, 4)
     both = "<think>a</think> <time>[2, 6]</time> <answer>4 to 8</answer>"  # truth 2 to 6
-    assert score("tvg", both, sample(), grounding=grounding("tvg_r1"))["iou"] == 1
+    assert score("tvg", both, sample(), Scoring(grounding=grounding("tvg_r1")))["iou"] == 1
     for name in ("iou", "timestamp_iou", "anchors"):
-        assert score("tvg", both, sample(), grounding=grounding(name))["iou"] == 2 / 6
+        assert score("tvg", both, sample(), Scoring(grounding=grounding(name)))["iou"] == 2 / 6
 
 
 @pytest.mark.parametrize("completion, form", [
@@ -126,11 +127,11 @@ def test_the_tags_of_tvg_r1_are_text_to_the_paper():
 
 def test_tvg_r1_weighs_iou_and_format():
     # truth 2 to 6: IoU of 4 to 8 is 2 / 6
-    assert score("tvg", "<think>a</think> <time>[4, 8]</time>", sample(), grounding=grounding("tvg_r1")) == {
+    assert score("tvg", "<think>a</think> <time>[4, 8]</time>", sample(), Scoring(grounding=grounding("tvg_r1"))) == {
         "format": 1, "iou": 2 / 6, "total": pytest.approx(0.1 + 0.9 * 2 / 6)}
     malformed = "a <think>a</think> <time>[2, 6]</time>"
-    assert score("tvg", malformed, sample(), grounding=grounding("tvg_r1"))["total"] == pytest.approx(0.9)
-    assert score("tvg", thought("2 to 6"), sample(), grounding=grounding("tvg_r1"))["total"] == 0  # no <time>
+    assert score("tvg", malformed, sample(), Scoring(grounding=grounding("tvg_r1")))["total"] == pytest.approx(0.9)
+    assert score("tvg", thought("2 to 6"), sample(), Scoring(grounding=grounding("tvg_r1")))["total"] == 0  # no <time>
 
 
 # ---- Time-R1
@@ -147,12 +148,12 @@ def test_two_errors_beyond_the_video_are_not_rewarded():  # (1 - 12 / 10) * (1 -
 
 
 def test_time_r1_adds_the_format():
-    assert score("tvg", thought("4 to 8"), sample(duration=10), grounding=grounding("timestamp_iou")) == {
+    assert score("tvg", thought("4 to 8"), sample(duration=10), Scoring(grounding=grounding("timestamp_iou"))) == {
         "format": 1, "iou": 2 / 6, "timestamp_iou": pytest.approx(0.64 / 3), "total": pytest.approx(1 + 0.64 / 3)}
 
 
 def test_without_a_duration_iou_alone_counts():  # evaluation does not need it
-    found = score("tvg", thought("4 to 8"), sample(), grounding=grounding("timestamp_iou"))
+    found = score("tvg", thought("4 to 8"), sample(), Scoring(grounding=grounding("timestamp_iou")))
     assert found == score("tvg", thought("4 to 8"), sample()) == {"format": 1, "iou": 2 / 6, "total": 1 + 2 / 6}
 
 
@@ -195,7 +196,7 @@ def test_anchor_reward_by_hand():
 
 def test_an_anchor_that_cannot_be_read_costs_the_reward_of_all():
     assert anchor_reward([(2, 6), None, (2, 6)], (2, 6), (2, 6)) == 0
-    parts = score("tvg", anchored("soon", "2 to 6"), sample(), grounding=grounding("anchors"))
+    parts = score("tvg", anchored("soon", "2 to 6"), sample(), Scoring(grounding=grounding("anchors")))
     assert parts["anchors"] == 2 and parts["anchor_reward"] == 0 and parts["anchor_gain"] == 1
 
 
@@ -207,11 +208,11 @@ def test_two_to_four_anchors_earn(count, reward):
 def test_tar_tvg_by_hand():
     reward = functools.partial(papers.rewards.tar_tvg_reward, anchor_weight=2, progress_weight=3)
     weighted = papers.rewards.anchors._replace(reward=reward)
-    parts = score("tvg", anchored("4 to 8", "3 to 6"), sample(), grounding=weighted)
+    parts = score("tvg", anchored("4 to 8", "3 to 6"), sample(), Scoring(grounding=weighted))
     value = 1 / 9 + 1 / 2 + 3
     assert parts == {"format": 1, "iou": 1, "soft_iou": 1, "anchor_reward": pytest.approx(value), "anchors": 2,
                      "anchor_gain": pytest.approx(2 / 3), "total": pytest.approx(1 + 1 + 2 * value)}
-    worst = score("tvg", "nothing", sample(), grounding=grounding("anchors"))
+    worst = score("tvg", "nothing", sample(), Scoring(grounding=grounding("anchors")))
     assert worst["total"] == -1 and worst["anchor_gain"] == 0
 
 
@@ -424,3 +425,13 @@ def test_an_iou_at_the_threshold_is_enough():
     rows = [rollout(["2 to 3", "2 to 4"], "2 to 4"), rollout(["2 to 3", "2 to 3.9"], "2 to 3.9")]  # 1/2, less
     kept, _ = stages.select_anchors(rows, min_iou=0.5)
     assert [row["completion"] for row in kept] == [rows[0]["completion"]]
+
+
+@pytest.mark.parametrize("name", ["completion", "solution"])
+def test_demonstrations_with_the_field_names_of_tvg_r1_are_read(name, tmp_path):
+    row = {"dataset": "charades", "problem": "A door.", "choices": "", "video": "x/AO8RW.mp4", "video_length": 30.5,
+           "gt_frame": [1, 2.5], "ground_truth": "", name: "<think>a</think> <time>[1, 2.5]</time>"}
+    (tmp_path / "cold.jsonl").write_text(json.dumps(row) + "\n")
+    sample = Sample(str(Path("v/AO8RW.mp4")), "a door", 1.0, 2.5, 30.5, "line 1")
+    assert load_demonstrations(tmp_path / "cold.jsonl", "v", rewards.TASKS, stages.from_tvg_r1) == [
+        Demonstration(sample, "tvg", row[name])]

@@ -176,7 +176,8 @@ def test_the_rewards_and_the_task_by_hand(mine):
     sample = Sample("A.mp4", "person opens the door", 2.0, 6.0)
 
     def total(name, answer, sample=sample):
-        return rewards.score("tvg", reply(answer), sample, grounding=rewards.grounding(f"mine.{name}"))["total"]
+        scoring = rewards.Scoring(rewards.grounding(f"mine.{name}"))
+        return rewards.score("tvg", reply(answer), sample, scoring)["total"]
 
     assert [total("ends", answer) for answer in ("2 to 6", "1 to 8", "4 to 8", "nothing")] == [2, 1.5, 1, 0]
     assert total("near", "2 to 6") == 2 and total("near", "nothing") == 0 and total("near", "6 to 2") == 1

@@ -414,10 +414,10 @@ def test_an_error_on_one_rank_ends_all_and_names_rank_iteration_and_video(quick,
     def failing(settings):
         score = rewards.score
 
-        def broken(task, text, sample, **kwargs):
+        def broken(task, text, sample, scoring):
             if current.iteration == 1 and os.environ["RANK"] == "1":
                 raise ZeroDivisionError("a bug")
-            return score(task, text, sample, **kwargs)
+            return score(task, text, sample, scoring)
 
         rewards.score = broken
         launch(invert4tvg.train, settings)

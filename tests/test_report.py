@@ -18,7 +18,7 @@ from shared import make_config, reply, scripted, train, write_lines, write_video
 import rewards
 from engine.model.loading import fingerprint, newest_checkpoint
 from engine.program.settings import UserError
-from evaluate import paired_bootstrap
+from evaluate import compare_models
 from report import __main__ as program
 from report import analysis, curves, runs, strips
 from report.page import latest, make_page, marked, shade, shot_of_group
@@ -108,7 +108,7 @@ def test_the_table_of_errors_compares_rows_of_the_same_video_query_and_times():
     table = {(row["title"], row["name"]): row for row in analysis.error_table([("a", ours), ("b", theirs)])}
     low, gain, high = table["all", "all rows"]["differences"][0]
     assert gain == pytest.approx(55 - 37.5)
-    assert (low, high) == pytest.approx(paired_bootstrap(ours, other, draws=analysis.DRAWS)["mIoU"][2:])
+    assert (low, high) == pytest.approx(compare_models(ours, other, draws=analysis.DRAWS)["mIoU"][2:])
     assert table["all", "all rows"]["metrics"][1]["mIoU"][0] == pytest.approx(37.5)
     won, lost = analysis.changed_rows(ours, theirs)
     assert [(a["row"], round(gain, 1)) for gain, a, _ in won] == [(1, 0.5), (0, 0.4)]

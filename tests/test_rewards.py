@@ -153,7 +153,7 @@ def test_of_several_segments_the_best_counts():
         return parts | {"total": well_formed + 10 - (sample.end - sample.start)}
 
     one = Sample("a.mp4", "q", 0.0, 8.0, 10.0, alternatives=((2.0, 5.0),))
-    parts = score("tvg", thought("0 to 5"), one, grounding=rewards.IOU._replace(reward=short))
+    parts = score("tvg", thought("0 to 5"), one, Scoring(grounding=rewards.IOU._replace(reward=short)))
     assert parts == {"format": 1, "iou": 5 / 8, "total": 1 + 10 - 8}
 
 
@@ -274,7 +274,7 @@ def test_inversion_adds_format_and_reward(task, answer):
     assert (parts["format"], parts[task], parts["total"]) == (1, 1, 2)
     parts = score(task, f"<answer>{answer}</answer>", sample(WALK))
     assert (parts["format"], parts[task], parts["total"]) == (0, 1, 1)
-    parts = score(task, f"<answer>{answer}</answer>", sample(WALK), inversion_format="answer")
+    parts = score(task, f"<answer>{answer}</answer>", sample(WALK), Scoring(inversion_format="answer"))
     assert (parts["format"], parts[task], parts["total"]) == (1, 1, 2)
     assert score(task, thought("jump"), sample(WALK))["total"] == 1
     assert score(task, answer, sample(WALK))["total"] == 0
@@ -284,7 +284,7 @@ def test_inversion_adds_format_and_reward(task, answer):
 @pytest.mark.parametrize("inversion_reward", ["binary", "cosine"])
 def test_silence_earns_nothing_where_the_query_has_no_verb(task, inversion_reward):
     for answer in ("a red door", "door"):
-        parts = score(task, thought(answer), sample("a red door"), inversion_reward=inversion_reward)
+        parts = score(task, thought(answer), sample("a red door"), Scoring(inversion_reward=inversion_reward))
         assert (parts["format"], parts[task], parts["total"]) == (1, 0, 1)
 
 
@@ -292,7 +292,7 @@ def test_an_unknown_task_or_setting_is_named():  # unknown values of settings: s
     with pytest.raises(UserError, match="task tgv: is not among vc, ar, vd"):
         score("tgv", "", sample())
     with pytest.raises(TypeError, match="inversion_fromat"):
-        score("vd", "", sample(), inversion_fromat="think")
+        score("vd", "", sample(), Scoring(inversion_fromat="think"))
 
 
 def test_where_no_segment_overlaps_the_one_with_the_highest_total_counts():
@@ -300,7 +300,7 @@ def test_where_no_segment_overlaps_the_one_with_the_highest_total_counts():
         return {"iou": 0.0, "total": well_formed + 1 / sample.start}
 
     two = Sample("a.mp4", DOOR, 10.0, 11.0, alternatives=((4.0, 5.0), (8.0, 9.0)))
-    assert score("tvg", thought("1 to 2"), two, grounding=rewards.IOU._replace(reward=near))["total"] == 1.25
+    assert score("tvg", thought("1 to 2"), two, Scoring(grounding=rewards.IOU._replace(reward=near)))["total"] == 1.25
 
 
 def test_cosine_rewards_by_hand():
@@ -322,7 +322,7 @@ def test_cosine_raises_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # spaCy's W007 among them
         for task in ("vc", "ar", "vd"):
-            score(task, thought("a person sits"), sample(), inversion_reward="cosine")
+            score(task, thought("a person sits"), sample(), Scoring(inversion_reward="cosine"))
 
 
 # ---- Whatever a model writes
@@ -336,7 +336,7 @@ ODD = ["", "\0", "a\0b", "\ud800", "walk\udfff", "nan", "1e999 to 5", "走る �
 def test_odd_text_is_scored(task, text):
     for completion in (text, thought(text)):
         for inversion_reward in ("binary", "cosine"):
-            assert 0 <= score(task, completion, sample(), inversion_reward=inversion_reward)["total"] <= 2
+            assert 0 <= score(task, completion, sample(), Scoring(inversion_reward=inversion_reward))["total"] <= 2
 
 
 @pytest.mark.parametrize("query", ["\ud800", "[] []", "person [] (*+ walks", "\0 walks", "walk walk walk"])
@@ -355,8 +355,8 @@ texts = st.one_of(st.text(st.characters()), st.text(string.printable), st.lists(
 @given(st.sampled_from(rewards.TASKS), texts, st.booleans(), st.sampled_from(["binary", "cosine"]),
        st.sampled_from(["think", "answer"]), st.sampled_from(["all", "any"]))
 def test_score_never_raises_and_stays_within_bounds(task, text, wrap, inversion_reward, inversion_format, match):
-    parts = score(task, thought(text) if wrap else text, sample(), inversion_format=inversion_format,
-                  inversion_reward=inversion_reward, vd_match=match)
+    parts = score(task, thought(text) if wrap else text, sample(), Scoring(inversion_format=inversion_format,
+                  inversion_reward=inversion_reward, vd_match=match))
     name = "iou" if task == "tvg" else task
     assert parts["format"] in (0, 1) and 0 <= parts[name] <= 1 and parts["total"] == parts["format"] + parts[name]
     assert all(type(part) is float for part in parts.values())

@@ -464,7 +464,7 @@ def as_one_of_two(rank, folder):
     cpu = torch.device("cpu")
     found = {}
     stop = StopSignal()
-    stop.caught = rank == 1
+    stop.is_stopping = rank == 1
     found["stops"] = stop.on_any_rank(cpu)
     found["finite"] = health.finite_on_all_ranks([1.0, math.nan if rank == 1 else 1.0], cpu)
     def fail():

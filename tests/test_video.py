@@ -15,7 +15,7 @@ from shared import TEN_HZ, shown, write_video
 from engine.video import frames, stream
 from engine.video.frames import MAX_PIXELS, VideoError, fit_size, read_video
 from engine.video.packets import Packet, end_of_pictures
-from engine.words.samples import Sample, prepare_training
+from engine.words.samples import Sample, clamp_to_videos
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_odd_sizes_are_read_and_colours_stay_in_place(tmp_path):
 def test_a_stated_duration_is_not_needed(tmp_path):
     path = write_video(tmp_path / "a.webm", codec="libvpx", container_options={"live": "1"})
     assert stream.video_duration(str(path)) is None
-    assert prepare_training([Sample(str(path), "q", 1.0, 9.0)])[1:] == (0, [])
+    assert clamp_to_videos([Sample(str(path), "q", 1.0, 9.0)])[1:] == (0, [])
     assert shown(read_video(path, start=3.0, end=9.0)) == [30, 35]
 
 

@@ -74,7 +74,7 @@ class Prefill(NamedTuple):
     row_cells: torch.Tensor  # (T,)
     keys_values: list  # a layer's (keys, values), each (B, kv_heads, P, D), appended by `attend`
 
-    def attend(self, layer, query, key, value, scaling):
+    def attend(self, query, key, value, scaling):
         """(1, heads, T, D) queries, (1, kv_heads, T, D) keys and values -> (1, T, heads, D)."""
         q, k, v = (take_cells(x, self.prompt_cells) for x in (query, key, value))
         self.keys_values.append((k.contiguous(), v.contiguous()))  # every decoding step would copy a transposed view
@@ -89,7 +89,7 @@ class Packed(NamedTuple):
     row_cells: torch.Tensor  # (T,)
     allowed: torch.Tensor  # (B, C, P + C) bool: the keys that a completion's token may attend to, its prompt's first
 
-    def attend(self, layer, query, key, value, scaling):
+    def attend(self, query, key, value, scaling):
         """(1, heads, T, D) queries, (1, kv_heads, T, D) keys and values -> (1, T, heads, D)."""
         prompt_q, prompt_k, prompt_v = (take_cells(x, self.prompt_cells) for x in (query, key, value))
         own = (take_cells(x, self.own_cells).chunk(len(self.allowed)) for x in (query, key, value))
@@ -194,7 +194,7 @@ def _numbered(is_token):
 # ------------------------------------------------------------------------------------------------ inside transformers
 def group_attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """The language model's attention, in the form that transformers calls; see `run_language_model`."""
-    return attention_mask.attend(module.layer_idx, query, key, value, scaling), None
+    return attention_mask.attend(query, key, value, scaling), None
 
 
 def window_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **kwargs):

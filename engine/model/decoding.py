@@ -42,7 +42,7 @@ class Decoder:
 
         On a GPU the next call overwrites the result.
         """
-        self.caches[0].at(self.steps)
+        self.caches[0].advance_to(self.steps)
         self.steps += 1
         position = self.last_position + self.steps  # (3, N, 1)
         if self.forward is None:
@@ -54,7 +54,7 @@ class Decoder:
         if token.device.type != "cuda":
             return functools.partial(forward, run_layer)
         # Python would launch some 2,000 small kernels a token; a graph launches them at once.
-        return record(forward, compiled_layer(), (token, position))
+        return record_graph(forward, compiled_layer(), (token, position))
 
 
 class Cached(NamedTuple):
@@ -82,13 +82,13 @@ class Cached(NamedTuple):
         return [cls(keys, values, keys.new_zeros(shape), values.new_zeros(shape), *shared)
                 for keys, values in keys_values]
 
-    def at(self, step):
+    def advance_to(self, step):
         """Move on to the completions' token number `step`, in all layers."""
         P = self.prompt_k.shape[2]
         self.place.fill_(step)
         self.allowed[..., P + step] = True
 
-    def attend(self, layer, query, key, value, scaling):
+    def attend(self, query, key, value, scaling):
         """(N, heads, 1, D) queries, (N, kv_heads, 1, D) keys and values -> (N, 1, heads, D)."""
         self.own_k.index_copy_(2, self.place.view(1), key)
         self.own_v.index_copy_(2, self.place.view(1), value)
@@ -96,8 +96,8 @@ class Cached(NamedTuple):
         B, kv_heads, P, _ = self.prompt_k.shape
 
         query = query.reshape(N, kv_heads, -1, D)  # (N, kv_heads, heads / kv_heads, D)
-        to_prompt = by_completion(scores(by_prompt(query, B), self.prompt_k), N)
-        to_own = scores(query, self.own_k)
+        to_prompt = by_completion(attention_scores(by_prompt(query, B), self.prompt_k), N)
+        to_own = attention_scores(query, self.own_k)
         weights = torch.cat([to_prompt, to_own], dim=-1) * scaling  # (N, kv_heads, heads / kv_heads, P + C)
         weights = weights.masked_fill_(~self.allowed, -torch.inf).softmax(-1).to(query.dtype)
         from_prompt = by_completion(by_prompt(weights[..., :P], B) @ self.prompt_v, N)
@@ -117,7 +117,7 @@ def by_completion(x, N):
     return x.view(B, kv_heads, N // B, -1, last).transpose(1, 2).reshape(N, kv_heads, -1, last)
 
 
-def scores(query, key):
+def attention_scores(query, key):
     """query @ key^T in float32: in bfloat16 a score of 100 would be off by a quarter."""
     if query.dtype == torch.float32:
         return query @ key.mT
@@ -149,12 +149,12 @@ def compiled_layer():
     return torch.compile(run_layer, dynamic=True)
 
 
-def record(forward, through_layer, inputs):
+def record_graph(forward, through_layer, inputs):
     """Record forward(through_layer, *inputs) as a CUDA graph -> a function of the inputs alone.
 
     Its next call overwrites its output, and so may the next recording.
     """
-    through_layer = working(forward, through_layer, inputs)
+    through_layer = usable(forward, through_layer, inputs)
     graph = torch.cuda.CUDAGraph()
     stream, keeper = recording_room()
     free, _ = torch.cuda.mem_get_info()
@@ -194,7 +194,7 @@ def recording_room():
     return stream, keeper
 
 
-def working(forward, compiled, inputs):
+def usable(forward, compiled, inputs):
     """Run a step, which compiles: that must not happen while recording -> `compiled`, or `run_layer` where it fails.
 
     After a failure nothing is compiled any more: each iteration would try again, and fail after some seconds.

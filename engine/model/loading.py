@@ -130,11 +130,11 @@ def check_config(name, config):
 
 def check_weights(name, model, loading):
     """Raise OSError where weights are missing (they would be random), left over, of another shape, or not finite."""
-    for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for"),
+    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for"),
                       ("mismatched_keys", "has another shape of")):
-        found = sorted(str(key) for key in loading[key])
-        if found:
-            raise OSError(f"--model {name}: {what} {len(found)} weights, {found[0]} among them; the files are damaged "
+        keys = sorted(map(str, loading[kind]))
+        if keys:
+            raise OSError(f"--model {name}: {what} {len(keys)} weights, {keys[0]} among them; the files are damaged "
                           "or of another model.")
     broken = broken_weights(model)
     if broken:

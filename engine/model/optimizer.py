@@ -47,12 +47,12 @@ class MasterAdamW(torch.optim.Optimizer):
         offload = self.defaults["offload"]
         state = self.state_of(p)
         state["step"] += 1
-        held = [state[name] for name in state_tensors(p)]
-        for grad, weight, *host in zip(*(x.view(-1).split(SLICE) for x in (p.grad, p, *held))):
-            moved = [x.to(p.device, non_blocking=True, copy=True) for x in host] if offload else host
-            update(weight, grad.float(), *moved, step=state["step"], group=group)
+        tensors_of_p = [state[name] for name in state_tensors(p)]
+        for grad, weight, *host in zip(*(x.view(-1).split(SLICE) for x in (p.grad, p, *tensors_of_p))):
+            on_device = [x.to(p.device, non_blocking=True, copy=True) for x in host] if offload else host
+            update(weight, grad.float(), *on_device, step=state["step"], group=group)
             if offload:
-                for x, new in zip(host, moved):
+                for x, new in zip(host, on_device):
                     x.copy_(new, non_blocking=True)
 
     @torch.no_grad()

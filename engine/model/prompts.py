@@ -1,15 +1,6 @@
-"""Attention for G completions that share one prompt.
+"""Qwen2.5-VL's input and output: prompt ids, patches and positions in, completions as text out.
 
-B prompts and their N = B * G completions lie in one row of T tokens, without padding:
-
-    [ prompt_1 ] ... [ prompt_B ][ o_1 ] ... [ o_N ]
-
-Every layer but attention sees the row as it is. Attention takes it apart into a padded batch of prompts and a padded
-batch of completions: a prompt attends to itself, a completion to its prompt and to itself. Completions never attend
-to each other, so no (T, T) mask is built.
-
-P is the length of the longest prompt, C of the longest completion, D the size of a head. The model has `heads` query
-heads and `kv_heads` heads of keys and values.
+T frames of H x W pixels; two frames make one grid step, and 28 x 28 pixels of it one visual token.
 """
 
 import functools
@@ -21,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+PATCH, MERGE, TEMPORAL = 14, 2, 2  # patches of 14 x 14 pixels x 2 frames, 2 x 2 of them are one token
+
 
 class Prompt(NamedTuple):
     """One prompt with its video, on the model's device."""
@@ -29,8 +22,6 @@ class Prompt(NamedTuple):
     positions: torch.Tensor  # (3, P) from prompts.position_ids
     patches: torch.Tensor  # (patches, 1176) from prompts.patchify; 1176 = 3 channels x 2 frames x 14 x 14 pixels
     grid: torch.Tensor  # (1, 3) frames / 2, height / 14, width / 14
-
-PATCH, MERGE, TEMPORAL = 14, 2, 2  # patches of 14 x 14 pixels x 2 frames, 2 x 2 of them are one token
 
 
 def encode_prompt(tokenizer, text: str, visual_tokens: int) -> list[int]:

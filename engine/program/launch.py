@@ -75,11 +75,11 @@ def launch(program, settings):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forked
     device = setup_distributed()
     current.iteration, current.videos = None, ()
-    held = contextlib.ExitStack()
+    locks = contextlib.ExitStack()
     try:
-        with held:
+        with locks:
             if not getattr(settings, "video", ""):  # to search one's own video writes nothing
-                on_rank_0(lambda: held.enter_context(locked(settings.output)))
+                on_rank_0(lambda: locks.enter_context(locked(settings.output)))
             program(settings, device)
     except KeyboardInterrupt:
         status = 130
@@ -150,7 +150,7 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.caught = False
+        self.is_stopping = False
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.terminals = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream.isatty()]
         self.numbers = [signal.SIGINT, signal.SIGTERM]
@@ -160,7 +160,7 @@ class StopSignal:
             signal.signal(number, self.catch)
 
     def catch(self, number, frame):
-        self.caught = True
+        self.is_stopping = True
         for each in self.numbers:
             signal.signal(each, signal.SIG_DFL)  # the system ends a process also where Python would not get to it
         if number == signal.SIGHUP:  # to write to a closed terminal is an error, and would come before saving
@@ -170,6 +170,6 @@ class StopSignal:
 
     def on_any_rank(self, device):
         is_orphan = self.torchrun not in (None, os.getppid())
-        stops = torch.tensor(float(self.caught or is_orphan), device=device)
+        stops = torch.tensor(float(self.is_stopping or is_orphan), device=device)
         dist.all_reduce(stops)
         return bool(stops)

@@ -24,18 +24,18 @@ def look_up(option, name, table, kind):
     if "" not in sys.path:
         sys.path.append("")  # the current folder: last, so that no file in it takes the place of another module
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise UserError(f"{option} {name}: there is no module {module}; put {module.replace('.', '/')}.py into the "
                             "current folder, or correct the name.") from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{option} {name}: the module {module} cannot be imported ({reason}); mend it.") from error
-    if not hasattr(found, attribute):
-        place = getattr(found, "__file__", None) or module
+    if not hasattr(imported, attribute):
+        place = getattr(imported, "__file__", None) or module
         raise UserError(f"{option} {name}: {place} has no {attribute}; define {wanted} of this name there, or correct "
                         "the name.")
-    value = getattr(found, attribute)
+    value = getattr(imported, attribute)
     if not isinstance(value, kind):
         raise UserError(f"{option} {name}: is of the class {type(value).__name__}; name {wanted}.")
     return value

@@ -112,15 +112,15 @@ def _add_option(parser, f):
     choices = f.metadata["choices"]
     if f.type is bool:
         arguments = {"action": argparse.BooleanOptionalAction}
-        shown = str(f.default)
+        default = str(f.default)
     elif f.type is tuple:
         kind = type(f.default[0]) if f.default else str
         arguments = {"nargs": "+", "type": kind, "choices": choices}
         arguments["metavar"] = None if choices else kind.__name__.upper()
-        shown = " ".join(map(str, f.default))
+        default = " ".join(map(str, f.default))
     else:
         arguments = {"type": f.type, "choices": choices}
         arguments["metavar"] = None if choices else f.type.__name__.upper()
-        shown = "" if f.default is None else str(f.default)
-    text = f.metadata["help"] + (f" [{shown}]" if shown else "")
+        default = "" if f.default is None else str(f.default)
+    text = f.metadata["help"] + (f" [{default}]" if default else "")
     parser.add_argument(option(f.name), help=text, **arguments)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from engine.program.files import iteration_of
+from engine.run.predictions import percentages
 
 
 def model_card(config, progress) -> str:
@@ -22,13 +23,12 @@ def model_card(config, progress) -> str:
                 ("inversion tasks", ", ".join(config.inversion_tasks)), ("KL coefficient", config.kl_coef)]
     files = {iteration_of(path.parent): path for path in Path(config.output).glob("eval-*/metrics.json")}
     # A folder of another name is not the run's own; one of a later iteration is left over from an interrupted run.
-    measured = [k for k in files if k is not None and k <= progress["iteration"]]
+    iterations = [k for k in files if k is not None and k <= progress["iteration"]]
     numbers = "Nothing was measured while it was trained."
-    if measured:
-        metrics = json.loads(files[max(measured)].read_text(encoding="utf-8"))
-        shown = {name: value for name, value in metrics.items() if isinstance(value, float)}
-        numbers = (f"Measured at iteration {max(measured)} on {Path(config.eval_annotations).name}, percent:\n\n"
-                   + table(shown.items(), "{:.1f}"))
+    if iterations:
+        metrics = json.loads(files[max(iterations)].read_text(encoding="utf-8"))
+        numbers = (f"Measured at iteration {max(iterations)} on {Path(config.eval_annotations).name}, percent:\n\n"
+                   + table(percentages(metrics).items(), "{:.1f}"))
     return f"""---
 library_name: transformers
 pipeline_tag: video-text-to-text

@@ -154,7 +154,7 @@ def load_optimizer(checkpoint, model, optimizer):
     names = {p: name for name, p in model.named_parameters()}
     parameters = dict(model.named_parameters())
     mine = {names[p] for group in optimizer.optim.param_groups for p in group["params"]}
-    found = set()
+    loaded = set()
     for path in sorted(checkpoint.glob("optimizer.*.safetensors")):
         try:
             with safe_open(path, "pt") as share:
@@ -163,7 +163,7 @@ def load_optimizer(checkpoint, model, optimizer):
                     if kind == "weight":
                         parameters[name].data.copy_(share.get_tensor(key))
                     elif name in mine:
-                        found.add(name)
+                        loaded.add(name)
                         own = optimizer.optim.state_of(parameters[name])
                         if kind == "step":
                             own["step"] = share.get_tensor(key).item()
@@ -172,6 +172,6 @@ def load_optimizer(checkpoint, model, optimizer):
         except (OSError, KeyError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be read ({error}); remove {checkpoint} to go on from the one before."
                             ) from error
-    if found and found != mine:
-        raise UserError(f"{checkpoint}: the optimiser's state of {len(mine - found)} weights is missing; remove the "
+    if loaded and loaded != mine:
+        raise UserError(f"{checkpoint}: the optimiser's state of {len(mine - loaded)} weights is missing; remove the "
                         "folder to go on from the one before.")

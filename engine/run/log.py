@@ -51,21 +51,21 @@ class Log:
 
     def write(self, iteration, task, metrics):
         """Gather from all ranks (so every rank must call it) and write on rank 0."""
-        gathered = gather(metrics)
+        of_ranks = gather(metrics)
         if self.rank:
             return
-        metrics = combine(gathered)
+        metrics = combine(of_ranks)
         if "wait_seconds" in metrics:  # an iteration's: where its time went
-            spent = {"wait": metrics["wait_seconds"], "rollout": metrics["rollout_seconds"]}
-            spent["update"] = metrics["seconds"] - sum(spent.values())
-            metrics |= {f"{phase}_seconds_share": value / metrics["seconds"] for phase, value in spent.items()}
+            seconds = {"wait": metrics["wait_seconds"], "rollout": metrics["rollout_seconds"]}
+            seconds["update"] = metrics["seconds"] - sum(seconds.values())
+            metrics |= {f"{phase}_seconds_share": value / metrics["seconds"] for phase, value in seconds.items()}
         self.file.write(strict_json({"iteration": iteration, "task": task} | metrics) + "\n")
         self.file.flush()
         for show in self.boards:
             show(iteration, metrics)
         if task != "eval":
-            shown = metrics.get(f"{task}/total", metrics.get("nll"))
-            self.bar.set_postfix_str(f"{task} {'nll' if task == 'sft' else 'reward'} {shown:.3f}", refresh=False)
+            number = metrics.get(f"{task}/total", metrics.get("nll"))
+            self.bar.set_postfix_str(f"{task} {'nll' if task == 'sft' else 'reward'} {number:.3f}", refresh=False)
             self.bar.update()
 
 

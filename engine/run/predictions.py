@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,8 +9,6 @@ import torch.distributed as dist
 from engine.program.earlier import changed_options
 from engine.program.files import write_text
 from engine.program.settings import UserError
-
-VISIBLE = 90  # seconds after which a network file system shows what another node has written: NFS lists anew after 60
 
 
 def key_of(prediction):
@@ -31,7 +28,7 @@ def identity(sample) -> dict:
             "truth": [sample.start, sample.end], "alternatives": sample.alternatives, "excerpt": sample.excerpt}
 
 
-def answers(prediction, samples) -> bool:
+def is_current(prediction, samples) -> bool:
     """Whether a prediction is of its row as it is today: of the same video, query and times.
 
     Raises KeyError for a prediction of an earlier version, which noted less.
@@ -44,7 +41,7 @@ def answers(prediction, samples) -> bool:
     return then | {"video": Path(then["video"]).name} == today | {"video": Path(today["video"]).name}
 
 
-def late_rows(predictions) -> list[str]:
+def rows_after_the_end(predictions) -> list[str]:
     """Name the grounding rows that start after their video's last picture has ended, once each."""
     late = {}
     for p in predictions:
@@ -66,7 +63,7 @@ def inversion_values(task, parts) -> dict[str, float]:
 
 
 def read_predictions(output, samples=None) -> list[dict]:
-    """All predictions of an output folder, with `samples` only those that answer its rows as they are today.
+    """All predictions of an output folder, with `samples` only those that are of its rows as they are today.
 
     A line cut off by an interruption is left out.
     """
@@ -75,7 +72,7 @@ def read_predictions(output, samples=None) -> list[dict]:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 p = json.loads(line)
-                if samples is not None and not answers(p, samples):
+                if samples is not None and not is_current(p, samples):
                     continue
                 if key_of(p) not in predictions or not p["error"]:  # a success replaces an unreadable video's line
                     predictions[key_of(p)] = p
@@ -84,27 +81,18 @@ def read_predictions(output, samples=None) -> list[dict]:
     return [predictions[key] for key in sorted(predictions)]
 
 
-def complete_predictions(output, samples, jobs, each) -> list[dict]:
-    """The predictions of a set of (row, task), `each` completions of each.
-
-    Raises UserError where some are missing: metrics of the others would pass for those of all. Those of other
-    processes are waited for.
-    """
-    expected = len(jobs) * each
-    for left in reversed(range(VISIBLE if dist.get_world_size() > 1 else 1)):
-        found = [p for p in read_predictions(output, samples) if (p["row"], p["task"]) in jobs]
-        if len(found) == expected:
-            return found
-        time.sleep(min(left, 1))
-    raise UserError(f"{output}: {expected - len(found)} of {expected} predictions are not there; a video's file has "
-                    "changed meanwhile, or the processes do not see each other's files; give the same command again.")
+def check_current(predictions, samples, output):
+    """Raise UserError where a video was replaced while others were predicted: the metrics would be of both."""
+    outdated = sorted({p["video"] for p in predictions if not is_current(p, samples)})
+    if outdated:
+        raise UserError(f"{output}: {len(outdated)} videos have changed since they were predicted, {outdated[0]} among "
+                        "them; give the same command again.")
 
 
-def claim_output(settings, model: str):
+def check_output(settings, model: str):
     """Raise UserError when --output holds predictions of another model (by fingerprint) or settings; else note it."""
     record = Path(settings.output) / "settings.json"
-    held = any(record.parent.glob("predictions*.jsonl")) and record.exists()
-    if held:
+    if any(record.parent.glob("predictions*.jsonl")) and record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
         changed = changed_options(before | {"model": settings.model}, settings)  # the model is compared apart:
         if before["model"] != model:
@@ -117,24 +105,20 @@ def claim_output(settings, model: str):
     dist.barrier()
     if dist.get_rank() == 0:
         record.parent.mkdir(parents=True, exist_ok=True)
-        noted = dataclasses.asdict(settings) | {"model": model}
-        write_text(record, json.dumps(noted, indent=2) + "\n")
+        options = dataclasses.asdict(settings) | {"model": model}
+        write_text(record, json.dumps(options, indent=2) + "\n")
+
+
+def percentages(metrics: dict) -> dict[str, float]:
+    """Of all that `evaluate.summarize` gives the metrics, which alone are floats: the rest are counts and names."""
+    return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
 def format_metrics(metrics: dict) -> str:
     """Metrics -> a table of two lines for the screen."""
-    shown = {name: f"{value:.1f}" for name, value in metrics.items() if isinstance(value, float)}
-    widths = [max(len(name), len(value)) for name, value in shown.items()]
+    cells_of = {name: f"{value:.1f}" for name, value in percentages(metrics).items()}
+    widths = [max(len(name), len(value)) for name, value in cells_of.items()]
     lines = []
-    for cells in (shown.keys(), shown.values()):
+    for cells in (cells_of.keys(), cells_of.values()):
         lines.append("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
-    return "\n".join(lines)
-
-
-def format_comparison(table: dict) -> str:
-    """What `evaluate.paired_bootstrap` returns -> a table, a line a metric."""
-    width = max([10, *(len(name) + 1 for name in table)])
-    lines = [f"\n{'metric':<{width}}{'this':>8}{'other':>8}{'difference':>12}   95% interval over videos"]
-    for name, (a, b, low, high) in table.items():
-        lines.append(f"{name:<{width}}{a:8.1f}{b:8.1f}{a - b:+12.1f}   [{low:+.1f}, {high:+.1f}]")
     return "\n".join(lines)

@@ -26,12 +26,12 @@ def append_rollouts(output, iteration, task, samples, texts, scores, ended, batc
 
 def completion_kl(batches):
     """The k3 estimate of each completion's KL from the reference (Eq. 4), mean over its tokens, before the update."""
-    found = []
+    kls = []
     for batch in batches:
         if batch.ref_logps is None:
-            found += [None] * len(batch.mask)
+            kls += [None] * len(batch.mask)
             continue
         gap = (batch.ref_logps - batch.sampler_logps) * batch.mask  # 0 at padding, where k3 is 0 too
         k3 = gap.exp() - gap - 1
-        found += (k3.sum(dim=1) / batch.mask.sum(dim=1)).tolist()
-    return found
+        kls += (k3.sum(dim=1) / batch.mask.sum(dim=1)).tolist()
+    return kls

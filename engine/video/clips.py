@@ -62,13 +62,13 @@ class Clips(Dataset):
     """Indexed by candidates, (sample index, task) pairs: decodes the first one whose video can be read.
 
     A segment that starts after its video ends is unreadable, too: always for an inversion, which shows it, and for
-    grounding where `segments_count`, as in training. Evaluation keeps every row.
+    grounding where `for_training`. Evaluation keeps every row.
     """
 
-    def __init__(self, samples, clip_settings, segments_count=True):
+    def __init__(self, samples, clip_settings, for_training=True):
         self.samples = samples
         self.clip_settings = clip_settings
-        self.segments_count = segments_count
+        self.for_training = for_training
 
     def __getitem__(self, candidates) -> Item:
         failures = []
@@ -76,7 +76,7 @@ class Clips(Dataset):
             sample = self.samples[index]
             try:
                 clip = read_clip(sample, task, **self.clip_settings)
-                if task == "tvg" and self.segments_count:
+                if task == "tvg" and self.for_training:
                     check_start(sample.video, sample.start, clip.end)
                 return Item(index, task, clip._replace(frames=clip.frames.numpy()), failures)
             except VideoError as error:
@@ -89,18 +89,18 @@ def read_ahead(clips: Clips, batches, workers: int):
 
     Raises UserError, which names the videos, when a batch has not come after ten minutes or a worker has died.
     """
-    expected = collections.deque()  # the batches that workers were asked for, oldest first
+    asked_for = collections.deque()  # the batches that workers were asked for, oldest first
 
-    def noted():
+    def noting():
         for batch in batches:
-            expected.append(batch)
+            asked_for.append(batch)
             yield batch
 
     of_workers = {}
     if workers:
         of_workers = {"worker_init_fn": begin_worker, "prefetch_factor": 2, "timeout": PATIENCE,
                       "multiprocessing_context": _start_method()}
-    loader = DataLoader(clips, batch_sampler=noted(), num_workers=workers, collate_fn=_unchanged, **of_workers)
+    loader = DataLoader(clips, batch_sampler=noting(), num_workers=workers, collate_fn=_unchanged, **of_workers)
     with _quiet_start():
         arriving = iter(loader)
     while True:
@@ -111,11 +111,11 @@ def read_ahead(clips: Clips, batches, workers: int):
         except RuntimeError as error:
             if "DataLoader" not in str(error):
                 raise
-            first = [candidates[0] for candidates in expected[0]]
+            first = [candidates[0] for candidates in asked_for[0]]
             current.videos = sorted({clips.samples[index].video for index, _ in first})
             raise UserError(f"{', '.join(current.videos)}: not decoded within {PATIENCE:g} seconds, or a worker was "
                             "killed (by a lack of memory, say); look at the files, or lower --workers.") from error
-        expected.popleft()
+        asked_for.popleft()
         current.videos = [clips.samples[item.index].video for item in items]
         yield items
 
@@ -129,20 +129,20 @@ def _start_method():
 def _quiet_start():
     """Start workers without the main script, which a spawned one would import, and let Ctrl-C wait until they have."""
     main = sys.modules["__main__"].__dict__
-    hidden = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    names = {name: main[name] for name in ("__file__", "__spec__") if name in main}
     main.pop("__file__", None)
     main["__spec__"] = None
-    caught = []
+    interrupts = []
     multiprocessing.get_context(_start_method()).Lock()  # starts spawn's tracker, which would end the blocking below
-    handler = signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+    handler = signal.signal(signal.SIGINT, lambda *arguments: interrupts.append(arguments))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it until they have begun
     try:
         yield
     finally:
-        main.update(hidden)
+        main.update(names)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, handler)
-    if caught:
+    if interrupts:
         signal.raise_signal(signal.SIGINT)
 
 

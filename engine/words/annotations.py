@@ -5,12 +5,13 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from engine.words.finding import _name_parts, _video_finder
+from engine.words.finding import name_parts, video_finder
 from engine.words.formats import (
     READ,
     ROW_ERRORS,
     Row,
     RowError,
+    contents_of,
     excerpt_of,
     lines_of,
     number,
@@ -19,9 +20,8 @@ from engine.words.formats import (
     parser_of,
     reason_of,
     records_of,
-    shown,
 )
-from engine.words.samples import Demonstration, Sample, _refuse_frames, settle_excerpts
+from engine.words.samples import Demonstration, Sample, refuse_frames, settle_excerpts
 from engine.words.text import encodable, normalize_query
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|end|>", "<|eot_id|>", "<end_of_turn>", "<eos>", "</s>")
@@ -42,64 +42,61 @@ def load_annotations(path, video_dir, windows="each"):
 
     Raises ValueError naming the file and the line (or key, or item) of a malformed row.
     """
-    records, found = records_of(path, _read(path))
+    records, contents = records_of(path, _read(path))
     if records and not any(parser_of(record) for _, record in records):
-        raise ValueError(f"{path}, {records[0][0]}: holds {found}, which is no format that is read; read are {READ}.")
-    find = _video_finder(video_dir)
+        where, _ = records[0]
+        raise ValueError(f"{path}, {where}: holds {contents}, which is no format that is read; read are {READ}.")
+    find = video_finder(video_dir)
     samples = []
     for where, record in records:
         parse = parser_of(record)
         try:
             if parse is None:
-                raise RowError(shown(record))
-            made = [_sample(find, row, where) for row in parse(record)]
+                raise RowError(contents_of(record))
+            row_samples = [_sample(find, row, where) for row in parse(record)]
         except ROW_ERRORS as error:
             raise ValueError(f"{path}, {where}: not a readable annotation row ({reason_of(error, record)}); the README "
                              "lists the formats that are read.") from error
-        if parse is parse_qvhighlights and len(made) > 1 and windows != "each":
-            first, *others = made
-            made = []
+        if parse is parse_qvhighlights and len(row_samples) > 1 and windows != "each":
+            first, *others = row_samples
+            row_samples = []
             if windows == "best":
-                made = [replace(first, alternatives=tuple((s.start, s.end) for s in others))]
-        samples += made
+                row_samples = [replace(first, alternatives=tuple((s.start, s.end) for s in others))]
+        samples += row_samples
     if not samples:
         raise ValueError(f"{path}: holds no annotation row; the README lists the formats that are read.")
-    _refuse_frames(path, samples)
+    refuse_frames(path, samples)
     return settle_excerpts(samples)
 
 
-def load_demonstrations(path, video_dir, tasks):
+def load_demonstrations(path, video_dir, tasks, translate=dict):
     """Read a jsonl of {video, query, start, end, task, completion} as a list of `Demonstration`.
 
-    `tasks` are the names that "task" may have. TVG-R1's field names are read too, and its rows are grounding: "problem"
-    for the query, "gt_frame" [start, end] and "video_length" in seconds, and "completion" or "solution" for the
-    completion ("solution" is a guess: its cold-start file is not public). End tokens are cut off.
+    `tasks` are the names that "task" may have; translate(record) may give other projects' fields these names. End
+    tokens are cut off.
 
     Raises ValueError naming the file and the line of a malformed row.
     """
-    find = _video_finder(video_dir)
+    find = video_finder(video_dir)
     demonstrations = []
     for where, line in lines_of(_read(path)):
-        r = parse_json(path, where, line)
+        record = parse_json(path, where, line)
         try:
-            if "gt_frame" in r:
-                start, end = r["gt_frame"]
-                r = {"query": r["problem"], "start": start, "end": end, "task": "tvg"} | r
+            r = translate(record)
             if r["task"] not in tasks:
                 raise RowError(f"task {r['task']!r} is none of {', '.join(tasks)}")
-            completion = r["completion"] if "completion" in r else r["solution"]
-            if not isinstance(completion, str):
-                raise RowError(f"completion {completion!r} is no text")
+            if not isinstance(r["completion"], str):
+                raise RowError(f"completion {r['completion']!r} is no text")
             excerpt = excerpt_of(r, "video_start", "video_end")
             row = Row(r["video"], r["start"], r["end"], r.get("video_length"), r["query"], "", excerpt)
-            completion = without_end_token(encodable(completion))
+            completion = without_end_token(encodable(r["completion"]))
             demonstrations.append(Demonstration(_sample(find, row, where), r["task"], completion))
         except ROW_ERRORS as error:
             raise ValueError(f"{path}, {where}: not a readable demonstration ({reason_of(error, line)}).") from error
     if not demonstrations:
         raise ValueError(f"{path}: holds no demonstration.")
     samples = [d.sample for d in demonstrations]
-    _refuse_frames(path, samples)
+    refuse_frames(path, samples)
     return [replace(d, sample=sample) for d, sample in zip(demonstrations, settle_excerpts(samples))]
 
 
@@ -131,7 +128,7 @@ def _sample(find, row, where):
     query = normalize_query(row.sentence[:MAX_QUERY])
     if not query:
         raise RowError("the sentence is empty")
-    folder, _ = _name_parts(row.video)
+    folder, _ = name_parts(row.video)
     if row.excerpt and duration is None:
         duration = row.excerpt[1] - row.excerpt[0]
     return Sample(find(row.video), query, start, end, duration, str(row.qid or where), folder, row.excerpt)

@@ -25,14 +25,14 @@ def report_missing(samples, allowed):
         folder = Path(missing[0]).parent
         if not folder.is_dir():
             raise UserError(f"--videos {folder}: there is no such folder; name the one that holds the video files.")
-        shown = missing[:20] + ([f"and {len(missing) - 20} more"] if len(missing) > 20 else [])
-        say("missing: " + "\nmissing: ".join(shown))
+        names = missing[:20] + ([f"and {len(missing) - 20} more"] if len(missing) > 20 else [])
+        say("missing: " + "\nmissing: ".join(names))
         if not allowed:
             raise UserError(f"{len(missing)} of {len({s.video for s in samples})} videos are missing (named above); "
                             "see --videos, or go on without them with --allow-missing-videos.")
 
 
-def _name_parts(name):
+def name_parts(name):
     """An annotation's name of a video -> (the folders that it names, the name of the file).
 
     Folders count only inside the video folder: "charades/x.mp4" has one, "/data/x.mp4" and "../x.mp4" have none.
@@ -48,13 +48,13 @@ def _name_parts(name):
     return "/".join(folder for folder in folders if folder not in ("", ".")), file
 
 
-def _video_finder(video_dir):
+def video_finder(video_dir):
     """-> find(name): the path of an annotation's video id or path in `video_dir`, whatever the container's suffix.
 
     A name that exists as it stands is taken. One that names a folder is looked up there and then in `video_dir`.
     """
     @functools.cache
-    def listed(folder):
+    def files_of(folder):
         """The files of a folder, by name and by name without suffix."""
         try:
             files = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
@@ -65,10 +65,10 @@ def _video_finder(video_dir):
         return {file: folder / file for file in files}, {video.stem: folder / video for video in videos}
 
     def find(name):
-        folders, file = _name_parts(name)
+        folders, file = name_parts(name)
         stem = file.removesuffix(Path(file).suffix) if Path(file).suffix.lower() in VIDEO_SUFFIXES else file
         for folder in (Path(video_dir, folders), Path(video_dir)):
-            files, stems = listed(folder)
+            files, stems = files_of(folder)
             if file in files or stem in stems:
                 return str(files.get(file) or stems[stem])
         return str(Path(video_dir, file if stem != file else f"{file}.mp4"))

@@ -52,13 +52,13 @@ def parse_json(path, where, text):
 
 def _without_repeats(pairs):
     """A JSON object, each of whose keys stands once: of two, json would keep the last and lose the other's rows."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         times = collections.Counter(key for key, _ in pairs)
         repeated = [key for key in times if times[key] > 1]
         raise RowError(f"the key {json.dumps(repeated[0])[:60]} stands {times[repeated[0]]} times in one object; join "
                        "what belongs to it, or give each its own")
-    return found
+    return value
 
 
 def records_of(path, text):
@@ -82,10 +82,10 @@ def records_of(path, text):
         return [(lines[0][0], document)], ""
     entries = list(document.values())
     if entries and all(isinstance(entry, dict) for entry in entries):
-        found = f"a JSON object of {_describe(entries[0])}"
+        contents = f"a JSON object of {_describe(entries[0])}"
     else:
-        found = f"a JSON object with the keys {_listed(document)}"
-    return [(f"key {video!r}", (video, entry)) for video, entry in document.items()], found
+        contents = f"a JSON object with the keys {_names_of(document)}"
+    return [(f"key {video!r}", (video, entry)) for video, entry in document.items()], contents
 
 
 def _is_json(line):
@@ -106,18 +106,19 @@ def _describe_text(line):
 def _describe(value):
     """Values like this one, in words."""
     if isinstance(value, dict):
-        return f"objects with the keys {_listed(value)}"
+        return f"objects with the keys {_names_of(value)}"
     if isinstance(value, list):
         return "lists"
     return "texts" if isinstance(value, str) else "single values"
 
 
-def _listed(keys):
-    shown = [" ".join(key.split())[:30] for key in list(keys)[:8]]
-    return ", ".join(shown) + (", ..." if len(keys) > 8 else "")
+def _names_of(keys):
+    names = [" ".join(key.split())[:30] for key in list(keys)[:8]]
+    return ", ".join(names) + (", ..." if len(keys) > 8 else "")
 
 
 # ------------------------------------------------------------------------------------------------ rows
+
 ROW_ERRORS = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
@@ -125,11 +126,11 @@ def reason_of(error, record):
     """What is wrong with a record, in words for its author."""
     if isinstance(error, KeyError):
         return f"no field {error}"
-    reason = str(error) if isinstance(error, RowError) else shown(record)
+    reason = str(error) if isinstance(error, RowError) else contents_of(record)
     return " ".join(reason.split())  # one line, whatever the record holds
 
 
-def shown(record):
+def contents_of(record):
     return f"it holds {record if isinstance(record, str) else json.dumps(record)}"[:200]
 
 

@@ -61,35 +61,35 @@ def excerpt_fields(sample):
     return dict(zip(("video_start", "video_end"), sample.excerpt or ()))
 
 
-def prepare_training(samples):
-    """Clamp ends to the video's duration, note the duration in the sample, and drop rows with start >= end.
+def clamp_to_videos(samples):
+    """Clamp ends to the video's duration, note the duration in the sample, and take out rows with start >= end.
 
-    Of a sample with several segments those with start < end are kept. The annotation's duration counts; where it states
+    Of several segments those with start < end stay. The annotation's duration counts; where it states
     none, as in Charades-STA txt, each video is opened once for its own. Returns (samples, number clamped, those
-    dropped, with their clamped ends). For training only: evaluation keeps every row as it stands.
+    taken out, with their clamped ends). For training only: evaluation keeps every row as it stands.
     """
-    kept = []
+    trainable = []
     clamped = 0
-    dropped = []
+    empty = []
     for s in samples:
         duration = s.duration or video_duration(s.video)
         segments = ((s.start, s.end), *s.alternatives)
-        ended = [(start, min(end, duration or math.inf)) for start, end in segments]
-        left = [(start, end) for start, end in ended if start < end]
-        if left:
-            (start, end), *others = left
-            kept.append(replace(s, start=start, end=end, alternatives=tuple(others), duration=duration))
-            clamped += any(segment not in segments for segment in left)
+        within = [(start, min(end, duration or math.inf)) for start, end in segments]
+        segments_left = [(start, end) for start, end in within if start < end]
+        if segments_left:
+            (start, end), *others = segments_left
+            trainable.append(replace(s, start=start, end=end, alternatives=tuple(others), duration=duration))
+            clamped += any(segment not in segments for segment in segments_left)
         else:
-            dropped.append(replace(s, end=ended[0][1], duration=duration))
-    return kept, clamped, dropped
+            empty.append(replace(s, end=within[0][1], duration=duration))
+    return trainable, clamped, empty
 
 
-def named(samples, most=20):
-    """Rows in words, for the end of a sentence: ": a.mp4 from 20 to 9.5 s, ... and 3 more"; "" where there is none."""
-    shown = [f"{s.video_name()} from {s.start:g} to {s.end:g} s" for s in samples[:most]]
+def rows_in_words(samples, most=20):
+    """For the end of a sentence: ": a.mp4 from 20 to 9.5 s, ... and 3 more"; "" where there is none."""
+    names = [f"{s.video_name()} from {s.start:g} to {s.end:g} s" for s in samples[:most]]
     more = [f"and {len(samples) - most} more"] if len(samples) > most else []
-    return ": " + ", ".join(shown + more) if samples else ""
+    return ": " + ", ".join(names + more) if samples else ""
 
 
 def settle_excerpts(samples):
@@ -101,21 +101,21 @@ def settle_excerpts(samples):
     parts = defaultdict(set)
     for s in samples:
         parts[s.video].add(s.excerpt)
-    settled = []
+    result = []
     for s in samples:
         if s.excerpt and len(parts[s.video]) == 1:
             start, end = s.excerpt
             length = video_duration(s.video) or math.inf
             if abs(length - (end - start)) <= 1 or length < start + s.end - 1:
                 s = replace(s, excerpt=None)
-        settled.append(s)
-    return settled
+        result.append(s)
+    return result
 
 
-def _refuse_frames(path, samples):
+def refuse_frames(path, samples):
     """Raise ValueError where most segments end after their videos: their times are hardly seconds."""
-    timed = [s for s in samples if s.duration]
-    late = [s for s in timed if s.end > s.duration + 1]
-    if len(late) >= 3 and len(late) > len(timed) / 2:
-        raise ValueError(f"{path}: {len(late)} of {len(timed)} rows end more than a second after their video, the "
+    with_duration = [s for s in samples if s.duration]
+    late = [s for s in with_duration if s.end > s.duration + 1]
+    if len(late) >= 3 and len(late) > len(with_duration) / 2:
+        raise ValueError(f"{path}: {len(late)} of {len(with_duration)} rows end over a second after their video, the "
                          f"first at {late[0].end:g} of {late[0].duration:g} s; these look like frames, not seconds.")

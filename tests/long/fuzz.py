@@ -274,7 +274,7 @@ def try_completion(number):
     task = "tvg" if rng.random() < 0.7 else rng.choice(list(rewards.INVERSIONS))
     name = rng.choice(REWARDS)
     sample = evaluate.data.Sample("a.mp4", rng.choice(QUERIES), 1.0, 2.0, 30.0)
-    parts = rewards.score(task, text, sample, grounding=rewards.grounding(name))
+    parts = rewards.score(task, text, sample, rewards.Scoring(grounding=rewards.grounding(name)))
     expect(all(math.isfinite(value) for value in parts.values()), f"{parts}")
     expect(parts["format"] in (0, 1), f"{parts}")
     if name == "iou" or task != "tvg":
