@@ -86,7 +86,7 @@ def position_ids(ids: list[int], grid: list[int], fps: float, video_token_id: in
 
     Text counts up in all three rows. With `first` text tokens before the video, the visual token (g, h, w) stands at
     first + (floor(g * tokens_per_second * 2 / fps), h, w), and the text after it behind the largest of all three.
-    transformers computed this until 5.2 and something else since (docs/departures.md), so the model never infers it.
+    transformers computed this until 5.2 and something else since (docs/checkpoints.md), so the model never infers it.
     """
     ids = torch.as_tensor(ids)
     steps, rows, columns = grid[0], grid[1] // MERGE, grid[2] // MERGE
