@@ -12,6 +12,7 @@ import grpo
 import invert4tvg
 from benchmarks import models
 from engine.model.attention import visual_features
+from engine.run.opening import Opening
 
 
 class Meter:
@@ -75,8 +76,8 @@ def nothing_measured():
 
 def measured_iterations(settings, cell, meter, device):
     """-> (the prompt, {quantity: {phase: value}} of the last of three iterations)"""
-    run = invert4tvg.make_run(settings, device, samples=[], completions=None, sampler=None,
-                               folder=settings.model, start=settings.model)
+    opening = Opening(samples=[], completions=None, tasks=None, checkpoint=None, origin={"start": settings.model})
+    run = invert4tvg.make_run(settings, device, opening, sampler=None)
     optimizer_step = run.optimizer.step
 
     def measured_step():  # the update's last part is a phase of its own
