@@ -135,6 +135,13 @@ def load_training(settings) -> tuple[list[Sample], None, None]:
     return samples, None, None
 
 
+def load_held_out(config) -> list[Sample]:
+    """The samples that are measured while a run goes on, if any are. Raises UserError."""
+    if not config.eval_every:
+        return []
+    return load_samples(config, config.eval_annotations, config.eval_videos, "--eval-annotations", "best")
+
+
 def load_imitated(settings) -> tuple[list[Sample], list[str], list[str]]:
     """--demonstrations -> (samples, completions, tasks), without those whose video is missing. Raises UserError."""
     try:

@@ -37,9 +37,10 @@ from engine.model.optimizer import clip_gradients, sharded_adamw
 from engine.model.parallel import data_parallel, frozen_reference
 from engine.model.prompts import completion_texts, encode_completions
 from engine.program.launch import StopSignal, launch
-from engine.program.ranks import current, random_generator, say
+from engine.program.ranks import current, on_rank_0, random_generator, say
 from engine.program.settings import flag, parse_settings
 from engine.run.checkpoints import resume, save_checkpoint
+from engine.run.environment import note_end
 from engine.run.log import Log, combine, group_metrics
 from engine.run.opening import check_space, open_run
 from engine.run.rollouts import append_rollouts
@@ -291,12 +292,9 @@ def train(config: Config, device: torch.device):
     """A whole run: Algorithm 1 or a supervised stage, with checkpoints, evaluation and a log around it."""
     prompts_per_iteration = config.micro_batch * config.accumulation * dist.get_world_size()
     load = data.load_imitated if config.demonstrations else data.load_training
-    opening = open_run(config, prompts_per_iteration, load)
+    opening = open_run(config, prompts_per_iteration, load, data.load_held_out)
     if opening is None:  # this run is finished
         return
-    held_out = []
-    if config.eval_every:
-        held_out = data.load_samples(config, config.eval_annotations, config.eval_videos, "--eval-annotations", "best")
     sampler = data.make_sampler(config, opening.samples, prompts_per_iteration, dist.get_rank(), dist.get_world_size())
     total = sampler.iterations
     run = make_run(config, device, opening, sampler)
@@ -306,7 +304,7 @@ def train(config: Config, device: torch.device):
     # For each iteration and each of this rank's prompts in it: the samples to try until a video can be read.
     wanted = ([sampler.candidates(k, slot, opening.tasks) for slot in sampler.slots] for k in range(first, total))
     arriving = read_ahead(Clips(opening.samples, config.clip_settings()), wanted, config.workers)
-    log = Log(config, first, total)
+    log = Log(config, opening.origin["run"], first, total)
     stop = StopSignal()
     step = supervised_iteration if config.demonstrations else grpo_iteration
     skipped = 0  # iterations in a row whose step was left out
@@ -315,7 +313,7 @@ def train(config: Config, device: torch.device):
     for iteration in range(first, total):
         current.iteration = iteration  # for the words of an error
         if config.eval_every and iteration % config.eval_every == 0:
-            evaluate.measure(run.model, run.processor, held_out, config, iteration, log)
+            evaluate.measure(run.model, run.processor, opening.held_out, config, iteration, log)
         began = time.perf_counter()
         items = next(arriving)
         wait_seconds = time.perf_counter() - began
@@ -339,7 +337,8 @@ def train(config: Config, device: torch.device):
             say(f"stopped after iteration {done} of {total}; the same command goes on from {config.output}.")
             raise KeyboardInterrupt  # `launch` exits with status 130: a script must not take this for the end
     if config.eval_every:
-        evaluate.measure(run.model, run.processor, held_out, config, total, log)
+        evaluate.measure(run.model, run.processor, opening.held_out, config, total, log)
+    on_rank_0(note_end, config.output)
     say(f"done: the model is in {loading.newest_checkpoint(config.output)}; evaluate.py --model {config.output} "
         "measures it.")
 

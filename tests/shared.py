@@ -38,7 +38,8 @@ import rewards
 from engine.model.attention import install_attention
 from engine.model.loading import load_model, newest_checkpoint
 from engine.model.prompts import Prompt, encode_prompt, patchify, position_ids
-from engine.program.launch import launch, setup_distributed
+from engine.program.launch import StopSignal, launch, setup_distributed
+from engine.run.manifest import seal
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -284,6 +285,16 @@ def train(config, **changes):
     return config.output
 
 
+def train_once(config, **changes):
+    """Train one iteration and be stopped, as by Ctrl-C -> the output folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopSignal, "on_any_rank", lambda self, device: True)
+        with pytest.raises(SystemExit) as stop:
+            train(config, **changes)
+    assert stop.value.code == 130
+    return Path(config.output)
+
+
 def refusal(capsys, config, **changes):
     """The one sentence with which a run ends, status 1."""
     capsys.readouterr()
@@ -335,6 +346,14 @@ def timeless_log_of(output):
 
 def change_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def change_sealed(path, **changes):
+    """The same in a checkpoint, with its entry of the manifest."""
+    change_json(path, **changes)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest["files"] |= seal([path])
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
 
 
 def rollouts_of(output, rank=0):

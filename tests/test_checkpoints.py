@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from shared import log_of, refusal, timeless_log_of, train, weights_of, write_share
+from shared import log_of, refusal, timeless_log_of, train, train_once, weights_of, write_share
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import invert4tvg
@@ -115,6 +115,7 @@ def test_a_run_that_only_lacks_its_last_evaluation_makes_it(config, has_metrics,
         shutil.rmtree(Path(config.output) / "eval-000001")
     path = Path(config.output) / "metrics.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]) + line)
+    (Path(config.output) / "environment.json").unlink()  # it notes the end
     train(config, **changes)
     assert timeless_log_of(config.output) == log
     assert (Path(config.output) / "eval-000001" / "metrics.json").exists()
@@ -131,11 +132,8 @@ def test_a_changed_option_is_refused_and_named(config, capsys):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint-000001/optimizer.0.safetensors"])
-def test_a_damaged_run_is_named(config, capsys, name, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(StopSignal, "on_any_rank", lambda self, device: True)  # after one iteration of two
-        with pytest.raises(SystemExit):
-            train(config, iterations=2)
+def test_a_damaged_run_is_named(config, capsys, name):
+    train_once(config, iterations=2)
     (Path(config.output) / name).write_text("damaged}\n")
     assert name.split("/")[-1] in refusal(capsys, config, iterations=2)
 
@@ -150,11 +148,11 @@ def test_the_configuration_is_noted_beside_the_log_and_what_a_crash_left_is_remo
     assert not partial.exists()
 
 
-def test_what_a_run_learns_from_is_told_by_every_field_of_its_rows_by_completions_and_by_tasks(config):
+def test_what_a_run_learns_from_is_told_by_every_field_of_its_rows_by_completions_and_by_tasks(alone, config):
     sample = Sample("videos/a.mp4", "q", 0.0, 1.0)
 
     def digest(completions=("x",), tasks=("vd",), **changes):
-        return note_origin(config, None, [dataclasses.replace(sample, **changes)], completions, tasks)["rows"]
+        return note_origin(config, None, [dataclasses.replace(sample, **changes)], completions, tasks, [])["rows"]
 
     changes = [{"video": "videos/b.mp4"}, {"query": "p"}, {"start": 0.5}, {"end": 2.0}, {"excerpt": (0.0, 4.0)},
                {"alternatives": ((2.0, 3.0),)}, {"completions": ("y",)}, {"tasks": ("vc",)}]

@@ -1,6 +1,7 @@
 """What is noted of a run beside its log, and where the log is shown too."""
 
 import dataclasses
+import hashlib
 import json
 import sys
 from importlib.metadata import version
@@ -8,7 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from shared import log_of, train
+from shared import change_sealed, log_of, train, train_once
 
 from engine.model.loading import newest_checkpoint
 from engine.program.settings import UserError
@@ -55,7 +56,7 @@ def test_a_card_of_a_run_that_measured_nothing_says_so_and_replaces_that_of_its_
 def test_a_board_that_is_not_installed_is_one_sentence(name, package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
     with pytest.raises(UserError, match=f"--log-to {name}: .*pip install {name}"):
-        open_boards(SimpleNamespace(output=str(tmp_path), log_to=(name,)), 0)
+        open_boards(SimpleNamespace(output=str(tmp_path), log_to=(name,)), "1234", 0)
 
 
 def test_a_missing_key_of_wandb_is_one_sentence(config, monkeypatch):
@@ -67,19 +68,43 @@ def test_a_missing_key_of_wandb_is_one_sentence(config, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error))  # as wandb 0.31
     with pytest.raises(UserError, match="--log-to wandb: No API key configured. .*; .*WANDB_MODE=offline[.]"):
-        open_boards(dataclasses.replace(config, log_to=("wandb",)), 0)
+        open_boards(dataclasses.replace(config, log_to=("wandb",)), "1234", 0)
 
 
-def test_a_run_that_goes_on_keeps_its_curves_at_wandb_however_its_folder_is_written(config, monkeypatch, tmp_path):
+def test_a_curve_at_wandb_is_known_by_its_run(config, monkeypatch):
     runs = []
     package = SimpleNamespace(init=lambda **settings: runs.append(settings), Error=OSError)
     monkeypatch.setitem(sys.modules, "wandb", package)
     monkeypatch.setattr(log, "at_exit", [])
-    monkeypatch.chdir(tmp_path)
-    for output in ("run", str(tmp_path / "run"), "other/../run", "other/run"):
-        open_boards(dataclasses.replace(config, output=output, log_to=("wandb",)), 0)
-    assert [run["name"] for run in runs] == ["run"] * 4 and runs[0]["config"]["lr"] == config.lr
-    assert len({run["id"] for run in runs[:3]}) == 1 and runs[3]["id"] != runs[0]["id"]
+    open_boards(dataclasses.replace(config, output="other/run", log_to=("wandb",)), "1234", 0)
+    [run] = runs
+    assert (run["id"], run["name"], run["resume"], run["config"]["lr"]) == ("1234", "run", "allow", config.lr)
+
+
+def test_a_run_has_an_identity_that_it_keeps_and_one_begun_anew_has_another(config):
+    def identity(output):
+        of_folder = json.loads((Path(output) / "environment.json").read_text())["run"]
+        of_checkpoints = {json.loads(path.read_text())["run"] for path in Path(output).glob("checkpoint-*/run.json")}
+        assert of_checkpoints == {of_folder}
+        return of_folder
+
+    train_once(config, iterations=2, keep=9)
+    first = identity(config.output)
+    moved = Path(config.output).rename(Path(config.output).with_name("moved"))
+    train(config, iterations=2, keep=9, output=str(moved))
+    assert identity(moved) == first and len(list(moved.glob("checkpoint-*"))) == 2
+    train(config, iterations=1)  # anew in the place of the first
+    assert identity(config.output) != first
+
+
+def test_a_run_of_an_earlier_version_keeps_its_curve(config):
+    """It was known by the digest of its folder's path."""
+    output = train_once(config, iterations=2)
+    (output / "environment.json").unlink()
+    change_sealed(newest_checkpoint(output) / "run.json", run=None)
+    train(config, iterations=2)
+    expected = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
+    assert json.loads((output / "environment.json").read_text())["run"] == expected
 
 
 def test_boards_get_every_line_of_the_log(config, monkeypatch):

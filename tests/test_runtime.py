@@ -390,8 +390,8 @@ def test_metrics_are_averaged_over_those_that_have_them():
 
 def test_the_log_has_a_line_an_iteration_and_is_appended_to(alone, tmp_path):
     config = SimpleNamespace(output=str(tmp_path), log_to=())
-    Log(config, 0, 3).write(0, "tvg", {"tvg/total": 1.5, "lr": 0.1})
-    log = Log(config, 1, 3)
+    Log(config, "1234", 0, 3).write(0, "tvg", {"tvg/total": 1.5, "lr": 0.1})
+    log = Log(config, "1234", 1, 3)
     log.write(1, "sft", {"nll": 0.25})
     log.write(2, "eval", {"mIoU": 20.0})
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [

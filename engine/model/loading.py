@@ -1,6 +1,7 @@
 """Models: which folder --model means, and what is loaded from it, or refused because it would go wrong silently."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +22,10 @@ class Processor(NamedTuple):
     pixels: dict  # the checkpoint's preprocessor_config.json: image_mean and image_std of a pixel in [0, 1]
     eos: torch.Tensor  # ids that end a completion
     banned: torch.Tensor  # ids never sampled: those that the tokenizer cannot write, and control tokens
-    folder: Path | None = None  # where the checkpoint's files are
+    files: dict = {}  # name -> contents of all that is no weights: the folder may be gone when they are saved again
 
 
+ADAPTER = "adapter_config.json"  # of a LoRA adapter, as PEFT writes it
 PUBLISHED = ("*.json", "*.jinja", "*.txt", "*.safetensors", "LICENSE*")  # what is taken from a hub's model
 
 
@@ -36,10 +38,13 @@ def newest_checkpoint(folder):
 
 def find_model(name):
     """Which folder `--model` means, by its contents: a folder that holds weights is the model itself, else its newest
-    checkpoint is. A hub id gives the folder of its download. Raises OSError, one sentence, where there is none.
+    checkpoint is. A hub id gives the folder of its download. Raises OSError, one sentence, where there is none, or
+    where a folder holds two sets of weights.
     """
     folder = Path(name)
     if not folder.is_dir():
+        if isinstance(name, Path):  # that was a folder
+            raise OSError(f"--model {name}: the folder has gone meanwhile; put it back, or name another.")
         from huggingface_hub import snapshot_download  # not above: a mistyped option should not wait for it
 
         try:
@@ -48,21 +53,38 @@ def find_model(name):
             reason = str(error).strip().split("\n")[0]
             raise OSError(f"--model {name}: there is no such folder, and no such model could be had ({reason}); give a "
                           "folder that holds one or a hub id that this machine can reach.") from error
-    if any(folder.glob("*.safetensors")) and not (folder / "adapter_config.json").exists():
+    kinds = sets_of_weights(folder)
+    if len(kinds) > 1:
+        raise OSError(f"--model {name}: holds two sets of weights, {' and '.join(kinds[:2])}; move away the one that "
+                      "is not meant.")
+    if kinds and kinds != [ADAPTER]:
         return folder
     newest = newest_checkpoint(folder)
     if newest:
         return newest
-    if (folder / "adapter_config.json").exists():
+    if kinds:
         raise OSError(f"--model {name}: holds a LoRA adapter alone; merge it into its base model first.")
     raise OSError(f"--model {name}: holds neither *.safetensors nor a checkpoint of this program; give a folder with a "
                   "Qwen2.5-VL model.")
 
 
+def weight_files(folder):
+    """-> the sorted paths of a folder's weights; the optimiser's state is none."""
+    return sorted(set(Path(folder).glob("*.safetensors")) - set(Path(folder).glob("optimizer.*")))
+
+
+def sets_of_weights(folder):
+    """-> the names of the sets in a folder: a file, the shards of one division ("model-*-of-2"), an adapter."""
+    names = {re.sub(r"-\d+-of-0*(\d+)\.", r"-*-of-\1.", path.name) for path in weight_files(folder)}
+    if (folder / ADAPTER).exists():
+        names = {name for name in names if not name.startswith("adapter")} | {ADAPTER}
+    return sorted(names)
+
+
 def fingerprint(folder):
     """A digest of a checkpoint's weights: their files' names, sizes, and sixteen places of a megabyte in each."""
     digest = hashlib.sha256()
-    for path in sorted(set(Path(folder).glob("*.safetensors")) - set(Path(folder).glob("optimizer.*"))):
+    for path in weight_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
@@ -89,9 +111,10 @@ def load_model(name, device):
         check_config(name, config)
         model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, output_loading_info=True,
-            use_safetensors=True, local_files_only=True)
+            use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True)  # check_weights refuses those
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
+        files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and not is_weight(path)}
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if str(error).startswith("--model"):
             raise
@@ -114,7 +137,13 @@ def load_model(name, device):
     banned = ({model.config.video_token_id, model.config.image_token_id} | control | set(unwritable)) - ends
     eos_ids = torch.tensor(sorted(ends), device=device)
     banned_ids = torch.tensor(sorted(banned), device=device)
-    return model, Processor(tokenizer, pixels, eos_ids, banned_ids, folder)
+    return model, Processor(tokenizer, pixels, eos_ids, banned_ids, files)
+
+
+def is_weight(path):
+    """Whether a file holds weights, in any program's format, or says where they are."""
+    suffixes = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".gguf", ".onnx", ".index.json")
+    return path.name.endswith(suffixes)
 
 
 def check_config(name, config):

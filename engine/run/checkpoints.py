@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from engine.model.health import check_finite
-from engine.model.loading import newest_checkpoint
 from engine.model.lora import merged_weights
 from engine.program.files import flush, iteration_of, write_text
 from engine.program.ranks import gather, on_rank_0, say, together
@@ -59,7 +58,7 @@ def save_checkpoint(config, progress, model, processor, optimizer):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         model.save_pretrained(partial, state_dict=merged_weights(model))
-        keep_files(newest_checkpoint(output) or processor.folder, partial)  # the latter may be deleted by now
+        keep_files(processor.files, partial)
         record = progress | {"config": dataclasses.asdict(config)}
         (partial / "run.json").write_text(json.dumps(record), encoding="utf-8")
         (partial / "README.md").write_text(model_card(config, progress), encoding="utf-8")
@@ -126,15 +125,14 @@ def optimizer_tensors(model, optimizer):
     return {name: value.contiguous() for name, value in tensors.items()}
 
 
-def keep_files(folder, partial):
-    """Copy a checkpoint's files, weights and what is this program's apart, over those that the library has written.
+def keep_files(files, partial):
+    """Write the files of the checkpoint that the run began with over those that the library has written.
 
     The library rewrites config and tokenizer so that its own older releases, and other programs, cannot read them.
     """
-    for path in folder.iterdir():
-        weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth") or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name not in ("run.json", MANIFEST):
-            shutil.copyfile(path, partial / path.name)
+    for name, contents in files.items():
+        if name not in ("run.json", MANIFEST):
+            (partial / name).write_bytes(contents)
 
 
 def resume(checkpoint, model, optimizer):

@@ -1,7 +1,6 @@
 """The log: one line an iteration, averaged over ranks, in a file, on the screen and on the boards of --log-to."""
 
 import dataclasses
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -41,11 +40,11 @@ def combine(rows):
 class Log:
     """One line an iteration, averaged over ranks: metrics.jsonl, a progress bar, and where --log-to says."""
 
-    def __init__(self, config, start, total):
+    def __init__(self, config, run, start, total):
         self.rank = dist.get_rank()
         if self.rank == 0:
-            note_environment(config.output, total)
-            self.boards = open_boards(config, start)
+            note_environment(config.output, run, total)
+            self.boards = open_boards(config, run, start)
             self.file = open(Path(config.output) / "metrics.jsonl", "a", encoding="utf-8")
             self.bar = progress(total=total, initial=start, desc="training")
 
@@ -89,15 +88,17 @@ def cut_log(path, start):
     os.truncate(path, end)
 
 
-def open_boards(config, start) -> list:
+def open_boards(config, run, start) -> list:
     """Functions (iteration, {name: number}) that show the log elsewhere too, for each of --log-to.
+
+    `run` is the run's identity, `start` the iteration with which it goes on.
 
     Raises UserError where a package is not installed, or where Weights & Biases lets nobody in.
     """
-    return [BOARDS[name](config, start) for name in config.log_to]
+    return [BOARDS[name](config, run, start) for name in config.log_to]
 
 
-def tensorboard(config, start):
+def tensorboard(config, run, start):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -112,7 +113,7 @@ def tensorboard(config, start):
     return write
 
 
-def wandb(config, start):
+def wandb(config, run, start):
     """Weights & Biases; a run that goes on keeps its curves. WANDB_PROJECT, WANDB_MODE and the like are heeded."""
     try:
         import wandb
@@ -120,13 +121,12 @@ def wandb(config, start):
         raise UserError("--log-to wandb: the package is not installed; pip install wandb, then wandb login.") from error
     output = Path(config.output).resolve()
     try:
-        run = wandb.init(dir=output, name=output.name, id=hashlib.sha256(str(output).encode()).hexdigest()[:16],
-                         resume="allow", config=dataclasses.asdict(config))
+        board = wandb.init(dir=output, name=output.name, id=run, resume="allow", config=dataclasses.asdict(config))
     except wandb.Error as error:  # no key, no network
         reason = str(error).split("\n")[0].rstrip(".")
         raise UserError(f"--log-to wandb: {reason}; see to that, or set WANDB_MODE=offline.") from error
-    at_exit.append(lambda status: run.finish(exit_code=status))
-    return lambda iteration, metrics: run.log(metrics, step=iteration)
+    at_exit.append(lambda status: board.finish(exit_code=status))
+    return lambda iteration, metrics: board.log(metrics, step=iteration)
 
 
 BOARDS = {"tensorboard": tensorboard, "wandb": wandb}

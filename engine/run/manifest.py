@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from engine.model.loading import weight_files
 from engine.program.files import flush, iteration_of
 from engine.program.ranks import gather, on_rank_0, say
 from engine.program.settings import UserError
@@ -23,8 +24,8 @@ def seal(paths) -> dict:
     return entries
 
 
-def damage(folder, part=0, parts=1) -> str | None:
-    """How a checkpoint's files differ from its manifest, in words; None if they do not.
+def damage(folder, part=0, parts=1, only=None) -> str | None:
+    """How a checkpoint's files (or `only` these paths of it) differ from its manifest, in words; None if they do not.
 
     Sizes are compared first. Of the checksums this reads every `parts`-th file, beginning with number `part`.
     """
@@ -35,6 +36,8 @@ def damage(folder, part=0, parts=1) -> str | None:
         return f"{MANIFEST} cannot be read: {error.strerror}"
     except (AttributeError, KeyError, TypeError, ValueError):
         return f"{MANIFEST} is no manifest"
+    if only is not None:
+        expected = {name: entry for name, entry in expected.items() if folder / name in only}
     for name, (size, _) in expected.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
@@ -48,6 +51,12 @@ def damage(folder, part=0, parts=1) -> str | None:
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None
+
+
+def weights_damage(folder) -> str | None:
+    """As `damage`, of those weights alone that are still there; each rank reads a share, and all get the answer."""
+    reason = damage(folder, dist.get_rank(), dist.get_world_size(), only=weight_files(folder))
+    return next(filter(None, gather(reason)), None)
 
 
 def _sha256(path):

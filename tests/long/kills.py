@@ -38,6 +38,7 @@ def result(output):
         if path.name == "run.json":
             record = json.loads(path.read_text())
             record["config"].pop("output")
+            record.pop("run")  # its identity
             files[path.name] = record
         elif path.name != "manifest.json":
             files[path.name] = path.read_bytes()
