@@ -26,13 +26,11 @@ import grpo
 import rewards
 from engine.model.loading import find_model, fingerprint, load_model
 from engine.model.prompts import completion_texts
-from engine.program.earlier import as_today, inherited
 from engine.program.files import strict_json, write_text
 from engine.program.launch import launch
 from engine.program.progress import progress
 from engine.program.ranks import gather, say
 from engine.program.settings import UserError, flag, parse_settings
-from engine.run.checkpoints import read_run
 from engine.run.comparison import format_comparison, paired_bootstrap
 from engine.run.predictions import (
     check_current,
@@ -45,6 +43,7 @@ from engine.run.predictions import (
     read_predictions,
     rows_after_the_end,
 )
+from engine.run.start import from_start
 from engine.video import read_video
 from engine.video.clips import Clips, Item, frames_in_words, read_ahead
 from engine.words.annotations import WINDOWS
@@ -229,31 +228,6 @@ def measure(model, processor, held_out, config, iteration, log):
 
 # ------------------------------------------------------------------------------------------------ the program
 
-# What a checkpoint should be evaluated with as it was trained. vd_match is not among these: it says what counts as
-# right, for every model alike.
-TRAINED_WITH = ("fps", "max_pixels", "min_frame_pixels", "max_frame_pixels", "max_new_tokens", "inversion_format",
-                "tvg_format", "tvg_reward")
-
-
-def trained_with(settings: EvalSettings, given=()) -> dict:
-    """How the checkpoint saw videos, laid out answers and learned further tasks; from its run.json, {} without one.
-
-    `parse_settings` fills the options that are not `given` on the command line with these. Raises UserError where one
-    names an object from outside this repository.
-    """
-    try:
-        record = find_model(settings.model) / "run.json"
-    except OSError as error:
-        raise UserError(str(error)) from error
-    if not record.is_file():
-        return {}
-    config = as_today(read_run(record.parent)["config"])
-    noted = {name: config[name] for name in TRAINED_WITH if name in config}
-    own = tuple(task for task in config.get("inversion_tasks", ()) if task not in rewards.TASKS)
-    if own and not settings.video:
-        noted["tasks"] = rewards.TASKS + own
-    return inherited(record, noted, given, EvalSettings)
-
 
 def search_video(settings: EvalSettings, device):
     """Print when each --query happens in --video, with the completion that says so, and the frames it rests on."""
@@ -292,4 +266,4 @@ def main(settings: EvalSettings, device):
 
 
 if __name__ == "__main__":
-    launch(main, parse_settings(EvalSettings, __doc__, inherit=trained_with))
+    launch(main, parse_settings(EvalSettings, __doc__, inherit=from_start))

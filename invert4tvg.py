@@ -44,6 +44,7 @@ from engine.run.environment import note_end
 from engine.run.log import Log, combine, group_metrics
 from engine.run.opening import check_space, open_run
 from engine.run.rollouts import append_rollouts
+from engine.run.start import from_run
 from engine.video.clips import Clips, Item, read_ahead
 
 
@@ -344,4 +345,4 @@ def train(config: Config, device: torch.device):
 
 
 if __name__ == "__main__":
-    launch(train, parse_settings(Config, __doc__))
+    launch(train, parse_settings(Config, __doc__, inherit=from_run))

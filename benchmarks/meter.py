@@ -76,7 +76,8 @@ def nothing_measured():
 
 def measured_iterations(settings, cell, meter, device):
     """-> (the prompt, {quantity: {phase: value}} of the last of three iterations)"""
-    opening = Opening(samples=[], completions=None, tasks=None, checkpoint=None, origin={"start": settings.model})
+    opening = Opening(samples=[], completions=None, tasks=None, held_out=[], checkpoint=None,
+                      origin={"start": settings.model})
     run = invert4tvg.make_run(settings, device, opening, sampler=None)
     optimizer_step = run.optimizer.step
 

@@ -16,7 +16,7 @@ python -m papers.stages anchors --rollouts "$out/tar-1" --keep 30000 --output "$
 "${train[@]}" "${sft[@]}" --model "$base" --demonstrations "$out/tar-2.jsonl" "${anchors[@]}" --output "$out/tar-2"
 "${grpo[@]}" "${half[@]}" --model "$out/tar-2" "${anchors[@]}" --output "$out/tar-3"
 # From the same base, for about as long: plain GRPO, and GRPO with the anchors' prompt but no reward for them.
-"${grpo[@]}" "${long[@]}" --model "$base" --output "$out/tar-plain"
+"${grpo[@]}" "${long[@]}" --model "$base" --tvg-reward iou --output "$out/tar-plain"
 "${grpo[@]}" "${long[@]}" --model "$base" "${anchors[@]}" \
     --tvg-reward papers.rewards.anchors_unrewarded --output "$out/tar-none"
 

@@ -7,10 +7,11 @@ import torch
 import rewards
 from data import Sample
 from engine.model.loading import load_model
+from engine.run.start import from_start
 from engine.video.clips import Item
 from engine.video.frames import read_video
 from engine.words.text import normalize_query
-from evaluate import EvalSettings, answer, trained_with
+from evaluate import EvalSettings, answer
 from report.runs import Evaluation
 
 
@@ -24,7 +25,7 @@ def look(run, video, queries, trusted=()) -> Evaluation:
     given = {}
     if run.config.get("tvg_reward") in trusted:
         given["tvg_reward"] = run.config["tvg_reward"]
-    settings = dataclasses.replace(settings, **given | trained_with(settings, given))
+    settings = dataclasses.replace(settings, **given | from_start(settings, given))
     clip = read_video(video, **settings.clip_settings())
     model, processor = load_model(settings.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     block = settings.grounding().format.blocks[-1]

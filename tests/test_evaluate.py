@@ -19,6 +19,7 @@ from engine.program.launch import launch
 from engine.program.lookup import is_ours
 from engine.program.settings import UserError, parse_settings
 from engine.run import predictions
+from engine.run.start import from_start
 
 
 def prediction(row, task="tvg", video="a.mp4", iou=0.0, value=0.0, span=(0.0, 1.0), format=1.0, verbs=1.0, **more):
@@ -326,7 +327,7 @@ def test_a_video_of_ones_own_is_searched_as_the_checkpoint_was_trained(settings,
     note(trained, max_new_tokens=60, inversion_tasks=["mine.lamps"])  # which nothing here asks for
     video = Path(settings.videos) / "AAA.mp4"  # four seconds
     argv = ["--model", str(trained), "--video", str(video), "--query", "Person runs.", "a red lamp"]
-    found = parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with)
+    found = parse_settings(evaluate.EvalSettings, "", argv, from_start)
     with scripted(reply("1 to 2.5")) as calls:
         launch(evaluate.main, found)
     assert len(calls) == 2 and all(call.temperature == 0 for call in calls)
@@ -361,7 +362,7 @@ def trained(settings, tmp_path, checkpoint):
 
 def test_what_a_checkpoint_was_trained_with_holds_where_the_command_line_is_silent(trained, capsys):
     def parse(*argv):
-        return parse_settings(evaluate.EvalSettings, "", ["--model", str(trained), *argv], evaluate.trained_with)
+        return parse_settings(evaluate.EvalSettings, "", ["--model", str(trained), *argv], from_start)
 
     settings = parse()
     assert (settings.fps, settings.max_new_tokens, settings.tvg_format) == (1.0, 40, "answer")
@@ -379,7 +380,7 @@ def test_anchors_are_measured_where_they_were_trained(settings, trained):
     note(trained, tvg_reward="papers.rewards.anchors", tvg_format="think")
     argv = ["--model", str(trained), "--annotations", settings.annotations, "--videos", settings.videos, "--output",
             settings.output, "--tasks", "tvg", "--workers", "0", "--max-new-tokens", "5"]
-    launch(evaluate.main, parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with))
+    launch(evaluate.main, parse_settings(evaluate.EvalSettings, "", argv, from_start))
     metrics = json.loads((Path(settings.output) / "metrics.json").read_text())
     assert metrics["2-4 anchors"] == 0 and "anchor gain" not in metrics  # a random model writes none
     assert set(lines(settings)[0]["parts"]) >= {"iou", "soft_iou", "anchors", "anchor_gain"}
@@ -450,13 +451,13 @@ def test_a_checkpoint_does_not_decide_what_is_imported(trained, monkeypatch, cap
     note(trained, **noted)
     argv = ["--model", str(trained), *given]
     with pytest.raises(SystemExit):
-        parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with)
+        parse_settings(evaluate.EvalSettings, "", argv, from_start)
     said = capsys.readouterr().err
     assert wanted in said and said.count("\n") == 1 and "mine" not in sys.modules
     lamps = rewards.INVERSIONS["vc"]
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(ends=rewards.IOU, lamps=lamps))
     argv += ["--tvg-reward", noted["tvg_reward"], "--tasks", "tvg", "mine.lamps"]  # the command line decides
-    assert parse_settings(evaluate.EvalSettings, "", argv, evaluate.trained_with).tasks == ("tvg", "mine.lamps")
+    assert parse_settings(evaluate.EvalSettings, "", argv, from_start).tasks == ("tvg", "mine.lamps")
 
 
 def test_a_checkpoint_inside_the_repository_brings_no_module_of_its_own(tmp_path, monkeypatch):
@@ -473,7 +474,7 @@ def test_a_checkpoint_inside_the_repository_brings_no_module_of_its_own(tmp_path
                                          ("timestamp_iou", "papers.rewards.timestamp_iou")])
 def test_a_reward_of_an_earlier_version_is_read(trained, then, today):
     note(trained, tvg_reward=then, reward_weights=[])
-    assert evaluate.trained_with(evaluate.EvalSettings(model=str(trained)))["tvg_reward"] == today
+    assert from_start(evaluate.EvalSettings(model=str(trained)))["tvg_reward"] == today
 
 
 def test_rows_that_are_alike_are_sampled_with_noise_of_their_own(settings):
@@ -487,7 +488,7 @@ def test_all_that_shapes_what_a_model_sees_and_writes_comes_from_its_checkpoint(
                "max_new_tokens": 40, "inversion_format": "answer", "tvg_format": "answer",
                "tvg_reward": "papers.rewards.timestamp_iou"}
     note(trained, **used_to)
-    assert evaluate.trained_with(evaluate.EvalSettings(model=str(trained))) == used_to
+    assert from_start(evaluate.EvalSettings(model=str(trained))) == used_to
 
 
 def test_time_r1s_reward_asks_an_evaluation_for_no_duration(settings):

@@ -12,6 +12,7 @@ import invert4tvg
 from demo import ablations, make_demo
 from engine.program.launch import launch
 from engine.program.settings import parse_settings
+from engine.run.start import from_run, from_start
 from papers import stages
 
 CLIPS = ["--min-frame-pixels", "784", "--max-frame-pixels", "784", "--max-new-tokens", "24", "--workers", "0"]
@@ -39,14 +40,14 @@ def demo(tmp_path_factory):
 def train(folder, name, *argv):
     """Run invert4tvg.py -> its log."""
     argv = [*CLIPS, "--videos", folder / "videos", "--micro-batch", 4, "--output", folder / name, *argv]
-    launch(invert4tvg.train, parse_settings(invert4tvg.Config, "", list(map(str, argv))))
+    launch(invert4tvg.train, parse_settings(invert4tvg.Config, "", list(map(str, argv)), inherit=from_run))
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
 def measure(folder, name, *argv):
     """Run evaluate.py, which reads most of its options from the checkpoint's run.json -> its metrics."""
     argv = ["--workers", 0, "--videos", folder / "videos", "--micro-batch", 32, "--output", folder / name, *argv]
-    settings = parse_settings(evaluate.EvalSettings, "", list(map(str, argv)), inherit=evaluate.trained_with)
+    settings = parse_settings(evaluate.EvalSettings, "", list(map(str, argv)), inherit=from_start)
     launch(evaluate.main, settings)
     return json.loads((folder / name / "metrics.json").read_text())
 

@@ -1,11 +1,9 @@
-"""The options that an earlier call noted, in today's words: what has changed since, what an evaluation takes over."""
+"""The options that an earlier call noted, in today's words, and what has changed since."""
 
 import dataclasses
 import json
-import os
 
-from engine.program.lookup import is_ours
-from engine.program.settings import UserError, option
+from engine.program.settings import option
 
 GONE = {  # options of earlier versions, with their defaults then
     "adam_eps": 1e-8, "betas": [0.9, 0.999], "lora_alpha": 32.0, "max_grad_norm": 1.0, "reward_weights": [],
@@ -37,25 +35,3 @@ def changed_options(before, settings):
     before = defaults | as_today(before)
     changed = [option(name) for name in now if name not in free and before[name] != now[name]]
     return changed + [f"{option(name)}, which is no longer an option" for name in before if name not in now]
-
-
-def inherited(record, noted, given, cls):
-    """Of the options that a checkpoint's `record`, a file, notes, those that are not `given` on the command line.
-
-    Prints those that are no default of `cls`. Raises UserError where one names an object from outside this repository:
-    what is imported, a checkpoint from elsewhere must not decide.
-    """
-    taken = {name: value for name, value in noted.items() if name not in given}
-    texts = []
-    for name, value in taken.items():
-        words = value if isinstance(value, tuple) else (value,)
-        text = " ".join([option(name), *map(str, words)])
-        for word in words:
-            if isinstance(word, str) and "." in word and not is_ours(word, record):
-                raise UserError(f"{record}: names {word}, which is not of this repository and is imported only where "
-                                f"the command line names it; if you trust it, give {text}.")
-        if value != getattr(cls, name):
-            texts.append(text)
-    if texts and os.environ.get("RANK", "0") == "0":
-        print(f"from {record}, where the command line does not say otherwise: {' '.join(texts)}")
-    return taken

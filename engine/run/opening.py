@@ -141,7 +141,8 @@ def note_origin(config, checkpoint, samples, completions, tasks, held_out):
             raise UserError(f"--output {config.output}: is the folder of a model, whose config.json the run's would "
                             "replace; name another folder.")
         start = find_model(config.model)
-        return {"run": gather(new_identity(config))[0], "start": str(start), "start_fingerprint": fingerprint(start)} | origin
+        run = gather(new_identity(config))[0]
+        return {"run": run, "start": str(start), "start_fingerprint": fingerprint(start)} | origin
     state = read_run(checkpoint)
     if state["rows"] != origin["rows"]:
         raise UserError(f"{config.demonstrations or config.annotations}: its rows, or the videos that are there, have "

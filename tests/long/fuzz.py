@@ -30,6 +30,7 @@ from engine.model.prompts import encode_prompt
 from engine.program.files import strict_json
 from engine.program.settings import option, parse_settings
 from engine.run import manifest
+from engine.run.start import from_run, from_start
 from engine.video.frames import VideoError, read_video
 from engine.words.annotations import MAX_QUERY, load_annotations
 
@@ -391,10 +392,10 @@ def try_command(folder, config, number):
 
     def run(settings):
         os.chdir(folder)
-        inherit = evaluate.trained_with if isinstance(settings, evaluate.EvalSettings) else None
-        parsed = parse_settings(type(settings), "", argv, inherit)
-        program = evaluate.main if inherit else invert4tvg.train
-        tiny.launch(program, parsed)
+        if isinstance(settings, evaluate.EvalSettings):
+            tiny.launch(evaluate.main, parse_settings(type(settings), "", argv, from_start))
+        else:
+            tiny.launch(invert4tvg.train, parse_settings(type(settings), "", argv, from_run))
 
     status = tiny.wait(tiny.start(settings, log, function=run), PATIENCE["commands"] - 20)
     said = log.read_text(errors="replace")
