@@ -105,10 +105,8 @@ def load_samples(settings: Settings, path: str = "", videos: str = "", option: s
     try:
         samples = load_annotations(path, videos or settings.videos, windows or settings.windows)
     except OSError as error:
-        raise UserError(
-            f"{option} {path}: cannot be read ({error.strerror}); Charades-STA is charades_sta_train.txt and "
-            "charades_sta_test.txt from github.com/jiyanggao/TALL in data/ and the videos of Charades_v1_480.zip from "
-            "prior.allenai.org/projects/charades in data/videos/; `bash train.sh demo` needs no data.") from error
+        raise UserError(f"{option} {path}: cannot be read ({error.strerror}); the README says what goes into data/ and "
+                        "data/videos/ for Charades-STA; `bash train.sh demo` needs no data.") from error
     except ValueError as error:
         raise UserError(str(error)) from error
     report_missing(samples, settings.allow_missing_videos)

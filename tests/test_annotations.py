@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shared import write_lines, write_video
 
+from engine.program.settings import UserError
 from engine.video.stream import video_duration
 from engine.words.annotations import load_annotations, load_demonstrations
-from engine.words.finding import VIDEO_SUFFIXES, missing_videos, name_parts, video_finder
+from engine.words.finding import VIDEO_SUFFIXES, missing_videos, name_parts, report_missing, video_finder
 from engine.words.samples import Demonstration, Sample, clamp_to_videos, demonstration_row, rows_in_words
 from engine.words.text import normalize_query
 
@@ -378,6 +381,65 @@ def test_folders_in_a_name_count_inside_the_video_folder_alone(tmp_path):
     for name in ("", "..", "charades/", "/"):
         with pytest.raises(ValueError, match="is no name"):
             find(name)
+
+
+def test_videos_in_folders_of_the_folder_are_found_as_charades_zip_brings_them(tmp_path):
+    for file in ("Charades_v1_480/AO8RW.mp4", "Charades_v1_480/deep/B.MKV", "notes/AO8RW.txt", "c/x.mp4", "d/c/y.mp4",
+                 "C2/only", "e/only.mp4"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / "d" / "round").symlink_to(tmp_path)  # a circle
+    (tmp_path / "again").symlink_to(tmp_path / "Charades_v1_480")  # the same folder twice
+    find = video_finder(tmp_path)
+    for name, file in [("AO8RW", "Charades_v1_480/AO8RW.mp4"), ("B.mp4", "Charades_v1_480/deep/B.MKV"),
+                       ("c/y", "d/c/y.mp4"), ("else/x.mp4", "c/x.mp4"), ("only.mp4", "e/only.mp4")]:
+        assert os.path.samefile(find(name), tmp_path / file), name
+    assert find("none") == str(tmp_path / "none.mp4")
+
+
+def test_a_video_that_is_found_twice_is_refused_with_both_places(tmp_path):
+    for file in ("a/x.mp4", "b/x.webm", "b/c/z.mp4", "d/z.mp4", "y.mp4", "a/y.mp4"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    find = video_finder(tmp_path)
+    with pytest.raises(UserError, match=r"holds x.mp4 twice, as .*/a/x.mp4 and .*/b/x.webm; move one of them away"):
+        find("x.mp4")
+    assert find("b/x.mp4") == str(tmp_path / "b" / "x.webm")  # the folder is named
+    assert find("c/z") == str(tmp_path / "b" / "c" / "z.mp4")
+    assert find("y") == str(tmp_path / "y.mp4")  # as it stands
+
+
+@pytest.mark.parametrize("there, named", [("NFD", "NFC"), ("NFC", "NFD")])
+@pytest.mark.parametrize("word", ["café", "Ångström", "가나"])
+def test_a_name_is_found_in_either_form_of_unicode(tmp_path, there, named, word):
+    (tmp_path / "in").mkdir()
+    for folder in (tmp_path, tmp_path / "in"):
+        path = folder / (unicodedata.normalize(there, word + folder.name[:2]) + ".mp4")
+        path.touch()
+        for suffix in ("", ".mp4", ".avi"):
+            assert video_finder(tmp_path)(unicodedata.normalize(named, path.stem) + suffix) == str(path)
+
+
+def test_a_name_with_spaces_is_read_in_a_charades_file(tmp_path):
+    (tmp_path / "rows.txt").write_text("my video 2 0.5 6.9##person sits\n AO8RW  1 2 ##person runs\n")
+    first, second = load_annotations(tmp_path / "rows.txt", tmp_path)
+    assert (Path(first.video).name, first.start, first.end) == ("my video 2.mp4", 0.5, 6.9)
+    assert (Path(second.video).name, second.start, second.end) == ("AO8RW.mp4", 1, 2)
+
+
+@pytest.mark.parametrize("files, words", [
+    ([], "2 of 2 videos are missing, and the folder is empty;"),
+    (["Charades_v1_480.zip", "a.txt"], "the folder holds no video but 2 other files, Charades_v1_480.zip among them;"),
+    (["in/q.mp4", "p.webm", "p.txt"], "the folder holds 2 others, p.webm among them;"),
+    (["a.mp4"], "1 of 2 videos are missing, and these are named above;")])
+def test_where_videos_are_missing_the_folder_is_described(alone, tmp_path, files, words):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    samples = [Sample(str(tmp_path / name), "q", 0, 1) for name in ("a.mp4", "b.mp4")]
+    with pytest.raises(UserError) as error:
+        report_missing(samples, allowed=False)
+    assert words in str(error.value)
 
 
 def test_the_folder_of_a_video_survives_a_round_trip(tmp_path):

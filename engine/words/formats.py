@@ -151,7 +151,7 @@ def parser_of(record):
 
 def _parse_charades(line):
     head, sentence = line.split("##", 1)
-    video, start, end = head.split()
+    video, start, end = head.strip().rsplit(None, 2)  # a video's name may hold spaces
     sentence = re.sub(r"^\s*[0-9.]+\s*##", "", sentence)  # a glance, one moment of the segment
     if "##" in sentence:
         raise RowError(f'the sentence holds ##: "{sentence.strip()[:100]}"')
